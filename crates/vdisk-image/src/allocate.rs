@@ -1,0 +1,310 @@
+//! Where new grains go, and who is writing them.
+//!
+//! A writer of absent grains takes a [`Ticket`], writes, and publishes. Until then nobody sees the grains; a second
+//! writer of one of them waits. Nothing here is held across an await but the ticket itself.
+
+use crate::error::{DiskError, ErrorKind};
+use crate::file_io::FileId;
+use crate::sparse::{Lookup, MetaRef, Sparse};
+use crate::table::{SECTOR_ENTRIES, Table, TableCopy};
+use crate::wait::{WaitList, locked, until, wake};
+use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use vmdk_parse::{GrainEntry, SECTOR_SIZE};
+
+/// How far a file is extended at once: one call for many grains. What is left over is cut off at detach. Tests extend
+/// often.
+const GROWTH: u64 = if cfg!(test) { 64 << 10 } else { 16 << 20 };
+
+/// What changes in an extent. Behind its lock, which is never held across an await or an I/O.
+#[derive(Debug, Default)]
+pub(crate) struct State {
+    /// First byte that was never given out; `None` until the tables were looked through.
+    next: Option<u64>,
+    /// Places of single grains that were given back. They read as zeroes.
+    free: Vec<u64>,
+    /// Grains that are being written for the first time, and who waits for them.
+    busy: HashMap<u64, WaitList>,
+    /// The file is being extended.
+    growing: Option<WaitList>,
+    /// Room for new grain tables.
+    table_room: std::ops::Range<u64>,
+    /// Tables with dirty sectors.
+    pub(crate) dirty: Vec<u64>,
+    /// Sectors of the directory that name tables which it did not name before.
+    pub(crate) dirty_gd: BTreeSet<u64>,
+    /// Tables in memory, in the order in which the clock hand passes them.
+    pub(crate) clock: VecDeque<u64>,
+}
+
+/// The right to write the absent grains `first..first + count` of a table to `place` in the extent's file.
+#[derive(Debug)]
+pub(crate) struct Ticket<'a> {
+    extent: &'a Sparse,
+    table: Arc<Table>,
+    index: u64,
+    first: u64,
+    count: u64,
+    /// Byte offset in the file.
+    place: u64,
+    done: bool,
+}
+
+/// What a writer has to do next.
+#[derive(Debug)]
+pub(crate) enum Plan<'a> {
+    /// Write here: the grain is there already, or the ticket says where it will be. `len` is the part that this covers.
+    Write { offset: u64, len: u64, ticket: Option<Ticket<'a>> },
+    /// Read this first.
+    Need(MetaRef),
+    /// Another request is writing this grain for the first time.
+    Wait(u64),
+    /// The file has to be extended first; see [`Sparse::grow`].
+    Grow,
+}
+
+impl Sparse {
+    /// Says where a write of `len` bytes at `offset` begins. The answer may cover less than was asked for.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Corrupt`] from the tables, [`ErrorKind::NoSpace`] if the format cannot address more.
+    pub(crate) fn plan_write(&self, offset: u64, len: u64) -> Result<Plan<'_>, DiskError> {
+        let (index, _, skip) = self.split(offset);
+        let grain = offset / self.grain;
+        let mut state = locked(&self.state);
+        if state.busy.contains_key(&grain) {
+            return Ok(Plan::Wait(grain));
+        }
+        match self.map(offset, len)? {
+            crate::image::Mapping::NeedMeta(meta) => return Ok(Plan::Need(meta)),
+            crate::image::Mapping::Data { offset, len, .. } => return Ok(Plan::Write { offset, len, ticket: None }),
+            crate::image::Mapping::Zero { .. } => {}
+        }
+        let table = match self.table(index, Arc::clone) {
+            Lookup::Table(t) => t,
+            Lookup::Need(meta) => return Ok(Plan::Need(meta)),
+            Lookup::Absent => match self.new_table(&mut state, index)? {
+                Some(t) => t,
+                None => return Ok(Plan::Grow),
+            },
+        };
+        if let Some(place) = self.unfinished(&table, grain) {
+            // The last grain of a file that ends inside it: it has a place already, the file only has to reach it.
+            let (offset, len) = (place + skip, len.min(self.grain - skip));
+            return Ok(if self.reaches(place + self.grain) {
+                Plan::Write { offset, len, ticket: None }
+            } else {
+                Plan::Grow
+            });
+        }
+        if table.copy == TableCopy::Broken {
+            return Err(DiskError::new(
+                ErrorKind::Corrupt,
+                format!("{}: grain table {index} has no redundant copy that could be kept the same", self.name),
+            ));
+        }
+        let wanted = (skip + len).div_ceil(self.grain).min(self.gtes - grain % self.gtes);
+        let count = (0..wanted).take_while(|n| self.is_absent(&state, &table, grain + n)).count() as u64;
+        let Some((place, count)) = self.take_room(&mut state, count)? else { return Ok(Plan::Grow) };
+        for g in grain..grain + count {
+            state.busy.insert(g, WaitList::default());
+        }
+        table.pin();
+        let ticket = Ticket { extent: self, table, index, first: grain, count, place, done: false };
+        Ok(Plan::Write { offset: place + skip, len: len.min(count * self.grain - skip), ticket: Some(ticket) })
+    }
+
+    /// Waits until nobody writes the grain for the first time.
+    pub(crate) async fn wait_for(&self, grain: u64) {
+        until(&self.state, |s| match s.busy.get_mut(&grain) {
+            Some(list) => Err(list),
+            None => Ok(()),
+        })
+        .await;
+    }
+
+    /// Lengths to which the caller must extend the file: what is needed, and what is better. `None` if another task did
+    /// it meanwhile. The caller answers with [`Sparse::grown`].
+    pub(crate) async fn grow(&self) -> Option<(u64, u64)> {
+        until(&self.state, |s| {
+            if s.growing.is_some() {
+                // Not nested in the match on `growing`: the borrow of the list would outlive its arm.
+                return s.growing.as_mut().map_or(Ok(Err(())), Err);
+            }
+            let needed = s.next.unwrap_or(0) + self.grain;
+            let len = self.file_len.load(Ordering::Relaxed);
+            if len >= needed && len.is_multiple_of(self.grain) {
+                return Ok(Err(()));
+            }
+            s.growing = Some(WaitList::default());
+            let needed = needed.max(len).next_multiple_of(self.grain);
+            Ok(Ok((needed, needed + GROWTH.next_multiple_of(self.grain))))
+        })
+        .await
+        .ok()
+    }
+
+    /// The file was extended to `len`, or could not be.
+    pub(crate) fn grown(&self, len: Option<u64>) {
+        let mut state = locked(&self.state);
+        if let Some(len) = len {
+            self.file_len.fetch_max(len, Ordering::Release);
+        }
+        let wakers = state.growing.take().map(|mut list| list.take());
+        drop(state);
+        wake(wakers.unwrap_or_default());
+    }
+
+    /// The tables were looked through: nothing is used at or after byte `end`. Space is given out from there on.
+    pub(crate) fn allocate_from(&self, end: u64) {
+        locked(&self.state).next = Some(end.next_multiple_of(self.grain));
+    }
+
+    /// Whether [`Sparse::allocate_from`] was called.
+    pub(crate) fn knows_its_end(&self) -> bool {
+        locked(&self.state).next.is_some()
+    }
+
+    /// Length that the file needs: what was given out. `None` if nothing was.
+    pub(crate) fn end(&self) -> Option<u64> {
+        locked(&self.state).next
+    }
+
+    fn reaches(&self, end: u64) -> bool {
+        self.file_len.load(Ordering::Acquire) >= end
+    }
+
+    /// Where the grain is, if it has a place of which the file holds only the beginning.
+    fn unfinished(&self, table: &Table, grain: u64) -> Option<u64> {
+        let entry = table.entry(usize::try_from(grain % self.gtes).ok()?)?;
+        match GrainEntry::decode(entry, self.header.flags.zeroed_grain()) {
+            GrainEntry::At(sector) => Some(sector.0 * SECTOR_SIZE),
+            GrainEntry::Absent | GrainEntry::Zeroed => None,
+        }
+    }
+
+    fn is_absent(&self, state: &State, table: &Table, grain: u64) -> bool {
+        self.unfinished(table, grain).is_none() && !state.busy.contains_key(&grain)
+    }
+
+    /// Room for up to `count` grains: (place, how many). `None` if the file has to be extended first.
+    fn take_room(&self, state: &mut State, count: u64) -> Result<Option<(u64, u64)>, DiskError> {
+        if count == 1
+            && let Some(place) = state.free.pop()
+        {
+            return Ok(Some((place, 1)));
+        }
+        let Some(next) = state.next else {
+            return Err(DiskError::new(ErrorKind::Poisoned, format!("{}: its end is not known", self.name)));
+        };
+        let len = self.file_len.load(Ordering::Acquire);
+        let count = count.min(len.saturating_sub(next) / self.grain);
+        if count == 0 {
+            self.check_addressable(next + self.grain)?;
+            return Ok(None);
+        }
+        state.next = Some(next + count * self.grain);
+        Ok(Some((next, count)))
+    }
+
+    /// Grain table entries are 32-bit sector numbers.
+    fn check_addressable(&self, end: u64) -> Result<(), DiskError> {
+        if end > u64::from(u32::MAX) * SECTOR_SIZE {
+            return Err(DiskError::new(
+                ErrorKind::NoSpace,
+                format!("{}: an extent file cannot grow past 2 TiB", self.name),
+            ));
+        }
+        Ok(())
+    }
+
+    /// Makes the table that the directory does not have. `None` if the file has to be extended first.
+    fn new_table(&self, state: &mut State, index: u64) -> Result<Option<Arc<Table>>, DiskError> {
+        let Some((page, slot)) = self.page(index) else { return Ok(None) };
+        let bytes = self.table_bytes();
+        let copies = if self.rgd_at.is_some() { 2 } else { 1 };
+        if state.table_room.end - state.table_room.start < bytes * copies {
+            let Some((place, _)) = self.take_room(state, 1)? else { return Ok(None) };
+            state.table_room = place..place + self.grain;
+        }
+        let at = state.table_room.start;
+        state.table_room.start += bytes * copies;
+        let copy_at = (copies == 2).then_some(at + bytes);
+        let copy = copy_at.map_or(TableCopy::None, TableCopy::At);
+        let table = Arc::new(Table::new((0..self.gtes).map(|_| 0), at, copy));
+        table.set_all_dirty();
+        self.charge(&table);
+        state.dirty.push(index);
+        state.dirty_gd.insert(index / SECTOR_ENTRIES as u64);
+        state.clock.push_back(index);
+        if let Some(t) = page.tables.get(slot) {
+            t.store(Some(Arc::clone(&table)));
+        }
+        for (directory, at) in [(&page.gd, Some(at)), (&page.rgd, copy_at)] {
+            if let (Some(gde), Some(at)) = (directory.get(slot), at) {
+                gde.store(sector_number(at), Ordering::Release);
+            }
+        }
+        Ok(Some(table))
+    }
+}
+
+/// The 32-bit sector number of a place that [`Sparse::check_addressable`] has let through.
+fn sector_number(at: u64) -> u32 {
+    u32::try_from(at / SECTOR_SIZE).unwrap_or(u32::MAX)
+}
+
+impl Ticket<'_> {
+    /// The grains are written: shows them to everybody.
+    pub(crate) fn publish(mut self) {
+        let mut state = locked(&self.extent.state);
+        let mut was_clean = false;
+        for n in 0..self.count {
+            let entry = usize::try_from((self.first + n) % self.extent.gtes).unwrap_or(0);
+            was_clean |= self.table.set(entry, sector_number(self.place + n * self.extent.grain));
+        }
+        if was_clean {
+            state.dirty.push(self.index);
+        }
+        self.finish(&mut state);
+    }
+
+    /// The file that the place is in.
+    pub(crate) fn file(&self) -> FileId {
+        self.extent.file
+    }
+
+    /// The grains could not be written. Their place may hold part of the data: the range to punch, after which
+    /// [`Ticket::give_back`] can hand it out again.
+    pub(crate) fn place(&self) -> (u64, u64) {
+        (self.place, self.count * self.extent.grain)
+    }
+
+    /// The grains could not be written, and their place reads as zeroes again.
+    pub(crate) fn give_back(mut self) {
+        let mut state = locked(&self.extent.state);
+        state.free.extend((0..self.count).map(|n| self.place + n * self.extent.grain));
+        self.finish(&mut state);
+    }
+
+    fn finish(&mut self, state: &mut State) {
+        self.done = true;
+        self.table.unpin();
+        for grain in self.first..self.first + self.count {
+            // Woken under the lock: a waker only queues its task, and a waiter takes this lock when it runs.
+            wake(state.busy.remove(&grain).map(|mut list| list.take()).unwrap_or_default());
+        }
+    }
+}
+
+impl Drop for Ticket<'_> {
+    /// A ticket that was neither published nor given back: its place is leaked, since what it holds is not known.
+    fn drop(&mut self) {
+        if !self.done {
+            let extent = self.extent;
+            self.finish(&mut locked(&extent.state));
+        }
+    }
+}

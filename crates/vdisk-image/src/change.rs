@@ -1,0 +1,152 @@
+//! The first change to an image: it is marked as open and gets a new content ID, durably, before the change is done.
+//!
+//! Until then an attached image is left exactly as it was. Source: VMware Virtual Disk Format 1.1, "The Header"
+//! (CID) and "Hosted Sparse Extents" (uncleanShutdown).
+
+use crate::disk::Disk;
+use crate::error::DiskError;
+use crate::file_io::{FileId, FileIo};
+use crate::flush::{self, Step};
+use crate::sparse::Sparse;
+use crate::wait::{WaitList, locked, until, wake};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+use vmdk_parse::{GTE_SIZE, UNCLEAN_SHUTDOWN_AT};
+
+/// How much of the tables is read at once when they are looked through.
+const SCAN_BYTES: u64 = 1 << 20;
+
+/// What the first change has to do, and whether it has happened.
+#[derive(Debug, Default)]
+pub(crate) struct FirstChange {
+    happened: AtomicBool,
+    state: Mutex<Option<WaitList>>,
+    /// Writes the new content ID.
+    content_id: Vec<Step>,
+    /// Files with an uncleanShutdown byte.
+    sparse_files: Vec<FileId>,
+}
+
+impl FirstChange {
+    pub(crate) fn new(content_id: Vec<Step>, sparse_files: Vec<FileId>) -> Self {
+        Self { content_id, sparse_files, ..Self::default() }
+    }
+
+    pub(crate) fn happened(&self) -> bool {
+        self.happened.load(Ordering::Acquire)
+    }
+
+    /// Sets uncleanShutdown, changes the content ID, makes both durable.
+    fn steps(&self) -> Vec<Step> {
+        let mut steps: Vec<Step> = self.sparse_files.iter().map(|f| unclean(*f, 1)).collect();
+        steps.extend(self.content_id.iter().cloned());
+        with_barriers(steps)
+    }
+
+    /// Clears uncleanShutdown. Everything else is durable already.
+    pub(crate) fn cleaning_steps(&self) -> Vec<Step> {
+        with_barriers(self.sparse_files.iter().map(|f| unclean(*f, 0)).collect())
+    }
+}
+
+fn unclean(file: FileId, value: u8) -> Step {
+    Step::Write { file, offset: UNCLEAN_SHUTDOWN_AT, bytes: vec![value] }
+}
+
+fn with_barriers(mut steps: Vec<Step>) -> Vec<Step> {
+    let mut files: Vec<FileId> = steps
+        .iter()
+        .filter_map(|s| match s {
+            Step::Write { file, .. } => Some(*file),
+            Step::Barrier(_) | Step::SetLen { .. } => None,
+        })
+        .collect();
+    files.sort_unstable();
+    files.dedup();
+    steps.extend(files.into_iter().map(Step::Barrier));
+    steps
+}
+
+impl Disk {
+    /// Does what has to be durable before the first change; waits while another task does.
+    pub(crate) async fn begin_change<I: FileIo>(&self, io: &I) -> Result<(), DiskError> {
+        let first = &self.first_change;
+        if first.happened() {
+            return Ok(());
+        }
+        let mine = until(&first.state, |s| {
+            if first.happened() {
+                return Ok(None);
+            }
+            if s.is_some() {
+                // Not an `if let`: the borrow of the list would outlive its arm.
+                return s.as_mut().map_or(Ok(None), Err);
+            }
+            *s = Some(WaitList::default());
+            Ok(Some(Beginning(first)))
+        })
+        .await;
+        let Some(_beginning) = mine else { return Ok(()) };
+        for extent in self.image.sparse() {
+            self.find_end(io, extent).await?;
+        }
+        flush::run(io, &first.steps(), |f| self.name(f)).await?;
+        first.happened.store(true, Ordering::Release);
+        Ok(())
+    }
+
+    /// Looks through all tables of an extent for the first byte behind everything that is used.
+    ///
+    /// The length of the file is not enough: after a crash an entry can be durable whose grain the file does not reach
+    /// (qemu leaves such images, and gives the same place out again). In an image that was not closed, tables whose copy
+    /// differs are written again; the primary counts, since what only the copy has was never acknowledged as durable.
+    async fn find_end<I: FileIo>(&self, io: &I, extent: &Sparse) -> Result<(), DiskError> {
+        if extent.knows_its_end() {
+            return Ok(());
+        }
+        let mut end = extent.metadata_end();
+        for page in 0..extent.page_count() {
+            let runs = loop {
+                match extent.table_runs(page, SCAN_BYTES) {
+                    Ok(runs) => break runs,
+                    Err(meta) => self.load(io, extent, meta).await?,
+                }
+            };
+            if extent.header.unclean_shutdown {
+                extent.forget_unborn_tables(page);
+            }
+            for run in runs {
+                let bytes = self.read_metadata(io, extent.file, run.at, run.count * extent.table_bytes()).await?;
+                end = end.max(run.at + run.count * extent.table_bytes()).max(extent.end_of_entries(&bytes));
+                if !extent.header.unclean_shutdown || extent.rgd_at.is_none() {
+                    continue;
+                }
+                for (table, primary) in (run.first..).zip(bytes.chunks(size_of_table(extent))) {
+                    let Some(at) = extent.copy_at(table) else { continue };
+                    let copy = self.read_metadata(io, extent.file, at, extent.table_bytes()).await?;
+                    end = end.max(at + extent.table_bytes()).max(extent.end_of_entries(&copy));
+                    if copy != primary {
+                        tracing::warn!(file = extent.name, table, "the copies of a grain table differ: writing both");
+                        extent.rewrite(table, primary)?;
+                    }
+                }
+            }
+        }
+        extent.allocate_from(end);
+        Ok(())
+    }
+}
+
+fn size_of_table(extent: &Sparse) -> usize {
+    crate::disk::size(extent.gtes * GTE_SIZE)
+}
+
+/// The duty to do the first change's work. Dropped at its end, whatever the end is.
+struct Beginning<'a>(&'a FirstChange);
+
+impl Drop for Beginning<'_> {
+    fn drop(&mut self) {
+        let list = locked(&self.0.state).take();
+        wake(list.map(|mut l| l.take()).unwrap_or_default());
+    }
+}

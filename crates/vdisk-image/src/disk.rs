@@ -1,0 +1,239 @@
+//! The disk that a transport serves: one place that sees every request.
+
+use crate::cache::GrainCache;
+use crate::change::FirstChange;
+use crate::error::{DiskError, ErrorKind};
+use crate::file_io::{FileId, FileIo};
+use crate::flush::{self, FlushPlan, Rounds, Step};
+use crate::image::Image;
+use crate::info::Info;
+use crate::request::{Geometry, Op, Request};
+use crate::sparse::{MetaRef, Sparse};
+use crate::wait::{WaitList, locked, until, wake};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// An image that is open and can be served. Shared by all queues and connections.
+#[derive(Debug)]
+pub struct Disk {
+    pub(crate) geometry: Geometry,
+    pub(crate) image: Image,
+    pub(crate) info: Info,
+    pub(crate) files: Vec<File>,
+    pub(crate) cache: GrainCache,
+    pub(crate) first_change: FirstChange,
+    pub(crate) zeroout_unmaps: bool,
+    pub(crate) rounds: Rounds,
+    pub(crate) poisoned: AtomicBool,
+    pub(crate) loading: Mutex<HashMap<(FileId, MetaRef), WaitList>>,
+}
+
+/// What the disk remembers of a file of the image.
+#[derive(Debug)]
+pub(crate) struct File {
+    pub(crate) name: String,
+    /// Has data that no sync has covered.
+    pub(crate) dirty: AtomicBool,
+    /// The host's file system refused once to do this.
+    pub(crate) cannot_punch: AtomicBool,
+    pub(crate) cannot_zero: AtomicBool,
+}
+
+impl Disk {
+    /// Size and limits.
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// What the image is.
+    pub fn info(&self) -> &Info {
+        &self.info
+    }
+
+    /// Whether an earlier failure left it unknown what is durable: every change is refused with
+    /// [`ErrorKind::Poisoned`], reads go on.
+    pub fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
+    }
+
+    /// Serves one request. `buf` holds at least `request.len()` bytes from its byte 0 on for reads and writes and is
+    /// not looked at otherwise.
+    ///
+    /// # Errors
+    ///
+    /// What failed, where. A failed read may have changed the buffer; a failed write may have changed its range.
+    pub async fn serve<I: FileIo>(&self, io: &I, request: Request, buf: &I::Buf) -> Result<(), DiskError> {
+        let (op, offset, len, flags) = (request.op(), request.offset(), request.len(), request.flags());
+        if len == 0 && op != Op::Flush {
+            return if flags.fua && !self.geometry.read_only { self.flush(io).await } else { Ok(()) };
+        }
+        match op {
+            Op::Read => return self.read(io, offset, len, buf).await,
+            Op::Flush => return self.flush(io).await,
+            Op::Write | Op::Discard | Op::WriteZeroes => self.check_poison()?,
+        }
+        self.begin_change(io).await?;
+        match op {
+            Op::Write => self.write(io, offset, len, buf).await?,
+            Op::Discard => self.discard(io, offset, len).await?,
+            _ => self.write_zeroes(io, offset, len, flags.no_unmap && !self.zeroout_unmaps).await?,
+        }
+        if flags.fua { self.flush(io).await } else { Ok(()) }
+    }
+
+    /// Flushes and marks the image clean. No request may be under way or follow.
+    ///
+    /// # Errors
+    ///
+    /// What could not be made durable. The image then stays marked unclean.
+    pub async fn close<I: FileIo>(&self, io: &I) -> Result<(), DiskError> {
+        self.flush(io).await?;
+        let steps = self.closing_steps();
+        flush::run(io, &steps, |f| self.name(f)).await
+    }
+
+    async fn flush<I: FileIo>(&self, io: &I) -> Result<(), DiskError> {
+        if self.geometry.read_only {
+            return Ok(());
+        }
+        self.check_poison()?;
+        let Some(_round) = self.rounds.join().await else { return self.check_poison() };
+        // An earlier round may have failed while this task waited.
+        self.check_poison()?;
+        let plan = self.plan_flush();
+        match flush::run(io, &plan.steps, |f| self.name(f)).await {
+            Ok(()) => {
+                plan.done();
+                Ok(())
+            }
+            Err(e) => {
+                // What the kernel dropped after a failed sync cannot be known, and a second sync would say that all is
+                // well. Not a word of it is believed until the image is opened again.
+                self.poisoned.store(true, Ordering::Release);
+                Err(e)
+            }
+        }
+    }
+
+    pub(crate) fn plan_flush(&self) -> FlushPlan {
+        let dirty: Vec<FileId> = (0..)
+            .zip(&self.files)
+            .filter(|(_, f)| f.dirty.swap(false, Ordering::AcqRel))
+            .map(|(n, _)| FileId(n))
+            .collect();
+        FlushPlan::new(&dirty, self.image.sparse())
+    }
+
+    fn check_poison(&self) -> Result<(), DiskError> {
+        if !self.is_poisoned() {
+            return Ok(());
+        }
+        Err(DiskError::new(
+            ErrorKind::Poisoned,
+            "an earlier write or sync failed: no more changes until the image is attached again",
+        ))
+    }
+
+    /// Reads a piece of metadata into memory, or waits while another task does. The caller looks again afterwards.
+    pub(crate) async fn load<I: FileIo>(&self, io: &I, extent: &Sparse, meta: MetaRef) -> Result<(), DiskError> {
+        let key = (extent.file, meta);
+        let first = match locked(&self.loading).entry(key) {
+            Entry::Occupied(_) => false,
+            Entry::Vacant(v) => {
+                v.insert(WaitList::default());
+                true
+            }
+        };
+        if !first {
+            until(&self.loading, |l| match l.get_mut(&key) {
+                Some(list) => Err(list),
+                None => Ok(()),
+            })
+            .await;
+            return Ok(());
+        }
+        let _loading = Loading { disk: self, key };
+        // Somebody may have loaded it between the caller's look and now. It may even have changed since: what the file
+        // holds must not take its place.
+        if extent.has(meta) {
+            return Ok(());
+        }
+        let (at, copy_at, len) = extent.place_of(meta)?;
+        let bytes = self.read_metadata(io, extent.file, at, len).await?;
+        let copy = match copy_at {
+            Some(at) => self.read_metadata(io, extent.file, at, len).await?,
+            None => Vec::new(),
+        };
+        extent.supply(meta, &bytes, &copy)
+    }
+
+    /// Reads `len` bytes of metadata. The caller has checked that they lie in the file.
+    pub(crate) async fn read_metadata<I: FileIo>(
+        &self,
+        io: &I,
+        file: FileId,
+        at: u64,
+        len: u64,
+    ) -> Result<Vec<u8>, DiskError> {
+        let len = size(len);
+        let buf = io.alloc(len);
+        io.read_at(file, &buf, 0..len, at)
+            .await
+            .map_err(|e| DiskError::host(format!("read {len} bytes of metadata at {at} of {}", self.name(file)), e))?;
+        let mut bytes = vec![0; len];
+        io.copy_out(&buf, 0, &mut bytes);
+        Ok(bytes)
+    }
+
+    pub(crate) fn name(&self, file: FileId) -> String {
+        self.file(file).map_or_else(String::new, |f| f.name.clone())
+    }
+
+    pub(crate) fn file(&self, file: FileId) -> Option<&File> {
+        self.files.get(usize::try_from(file.0).ok()?)
+    }
+
+    /// Notes that the file has data that is not durable. After the data was written, before its reply.
+    pub(crate) fn mark_dirty(&self, file: FileId) {
+        if let Some(f) = self.file(file)
+            && !f.dirty.load(Ordering::Acquire)
+        {
+            f.dirty.store(true, Ordering::Release);
+        }
+    }
+
+    /// The steps that mark the image clean and cut off what was never used.
+    fn closing_steps(&self) -> Vec<Step> {
+        if !self.first_change.happened() {
+            return Vec::new();
+        }
+        let mut steps = Vec::new();
+        for s in self.image.sparse() {
+            if let Some(len) = s.end().filter(|end| *end < s.file_len.load(Ordering::Acquire)) {
+                steps.push(Step::SetLen { file: s.file, len });
+            }
+        }
+        steps.extend(self.first_change.cleaning_steps());
+        steps
+    }
+}
+
+/// Ends a load, whatever its end is.
+struct Loading<'a> {
+    disk: &'a Disk,
+    key: (FileId, MetaRef),
+}
+
+impl Drop for Loading<'_> {
+    fn drop(&mut self) {
+        let list = locked(&self.disk.loading).remove(&self.key);
+        wake(list.map(|mut l| l.take()).unwrap_or_default());
+    }
+}
+
+/// A length of a buffer that exists, as its index.
+pub(crate) fn size(len: u64) -> usize {
+    usize::try_from(len).unwrap_or(usize::MAX)
+}

@@ -1,0 +1,71 @@
+//! The seam to the kernel. Real files, memory, faults and power cuts plug in here; the image knows nothing else.
+
+#![allow(async_fn_in_trait, reason = "the futures stay on the thread that made them: no Send is wanted")]
+
+use std::io;
+use std::ops::Range;
+
+/// A file of the image: the descriptor's, an extent's. A number that means something to one [`FileIo`] only.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct FileId(pub u32);
+
+/// Positioned I/O on the files of an image, from one thread.
+///
+/// Every operation is whole or failed: an engine continues short transfers and interrupted calls by itself. Offsets and
+/// lengths are in bytes and need no alignment. Errors are the host's own, without context: the caller knows it better.
+///
+/// An engine's futures must be polled to the end once they were polled at all.
+pub trait FileIo {
+    /// A buffer. A handle only: it may stand for memory that this process cannot touch (a request's pages in the
+    /// kernel), so its bytes go in and out through the engine.
+    type Buf;
+
+    /// A zeroed buffer of `len` bytes in this process's own memory, for tables and headers.
+    fn alloc(&self, len: usize) -> Self::Buf;
+
+    /// Stores `bytes` in the buffer from byte `at` on.
+    fn copy_in(&self, buf: &Self::Buf, at: usize, bytes: &[u8]);
+
+    /// Reads bytes of the buffer from byte `at` on.
+    fn copy_out(&self, buf: &Self::Buf, at: usize, bytes: &mut [u8]);
+
+    /// Zeroes a part of the buffer.
+    fn fill_zero(&self, buf: &Self::Buf, part: Range<usize>);
+
+    /// Reads into `part` of the buffer. The end of the file is [`io::ErrorKind::UnexpectedEof`].
+    async fn read_at(&self, file: FileId, buf: &Self::Buf, part: Range<usize>, offset: u64) -> io::Result<()>;
+
+    /// Writes `part` of the buffer; extends the file if need be. Not durable before [`FileIo::sync_data`].
+    async fn write_at(&self, file: FileId, buf: &Self::Buf, part: Range<usize>, offset: u64) -> io::Result<()>;
+
+    /// Makes what was written durable, and the file's length (fdatasync).
+    async fn sync_data(&self, file: FileId) -> io::Result<()>;
+
+    /// Gives the host's space back; the range reads as zeroes, the file's length stays.
+    /// [`io::ErrorKind::Unsupported`] where the host's file system cannot.
+    async fn punch_hole(&self, file: FileId, offset: u64, len: u64) -> io::Result<()>;
+
+    /// The range reads as zeroes and stays allocated; the file's length stays.
+    /// [`io::ErrorKind::Unsupported`] where the host's file system cannot.
+    async fn zero_range(&self, file: FileId, offset: u64, len: u64) -> io::Result<()>;
+
+    /// Cuts or extends (by a hole) the file.
+    async fn set_len(&self, file: FileId, len: u64) -> io::Result<()>;
+}
+
+/// The gate through which an image opens the files that it names. Names inside an image are hostile: the gate decides
+/// which ones may be followed.
+pub trait Files: FileIo {
+    /// Opens a file named by the image itself, as it is written there.
+    ///
+    /// # Errors
+    ///
+    /// The host's; [`io::ErrorKind::PermissionDenied`] also for a name that leaves the image's directory.
+    fn open(&self, name: &str, writable: bool) -> io::Result<FileId>;
+
+    /// Length in bytes.
+    fn len(&self, file: FileId) -> io::Result<u64>;
+
+    /// What to call the file in messages.
+    fn name(&self, file: FileId) -> String;
+}

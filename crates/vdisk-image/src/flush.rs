@@ -1,0 +1,217 @@
+//! Making writes durable. What has to happen is data, a list of steps; running it is one loop.
+//!
+//! The order: data, barrier, both copies of the tables, barrier; where a table is new, then the redundant directory,
+//! barrier, the directory, barrier. An entry is never durable before its grain, nor a directory entry before its table
+//! and its copy.
+
+use crate::error::DiskError;
+use crate::file_io::{FileId, FileIo};
+use crate::sparse::Sparse;
+use crate::table::{SECTOR_ENTRIES, Table, TableCopy, encode};
+use crate::wait::{WaitList, locked, until, wake};
+use futures_util::future::join_all;
+use std::sync::atomic::AtomicU32;
+use std::sync::{Arc, Mutex};
+
+/// One step towards durability.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Step {
+    /// Everything written to the file before this step is durable after it.
+    Barrier(FileId),
+    /// Metadata.
+    Write { file: FileId, offset: u64, bytes: Vec<u8> },
+    /// Cuts the file's unused end off.
+    SetLen { file: FileId, len: u64 },
+}
+
+/// What a flush has to do, and the tables that must stay in memory until it is done.
+#[derive(Debug, Default)]
+pub(crate) struct FlushPlan {
+    pub(crate) steps: Vec<Step>,
+    tables: Vec<Arc<Table>>,
+}
+
+impl FlushPlan {
+    /// The plan to make everything durable that was changed so far: `dirty_files` have data that is not.
+    pub(crate) fn new<'a>(dirty_files: &[FileId], extents: impl Iterator<Item = &'a Sparse>) -> Self {
+        let mut plan = Self::default();
+        let mut dirty = Dirty::default();
+        for extent in extents {
+            extent.take_dirty(&mut dirty);
+        }
+        plan.tables = dirty.pinned;
+        plan.steps.extend(dirty_files.iter().map(|f| Step::Barrier(*f)));
+        for writes in [dirty.tables, dirty.redundant_directory, dirty.directory] {
+            let mut files: Vec<FileId> = writes.iter().map(|(file, _, _)| *file).collect();
+            files.sort_unstable();
+            files.dedup();
+            plan.steps.extend(merge(writes));
+            plan.steps.extend(files.into_iter().map(Step::Barrier));
+        }
+        plan
+    }
+
+    /// Everything in the plan is durable: the tables may leave memory.
+    pub(crate) fn done(self) {
+        for table in self.tables {
+            table.unpin();
+        }
+    }
+}
+
+type Write = (FileId, u64, Vec<u8>);
+
+/// Metadata that differs from the files, by when it may be written.
+#[derive(Default)]
+struct Dirty {
+    tables: Vec<Write>,
+    redundant_directory: Vec<Write>,
+    directory: Vec<Write>,
+    pinned: Vec<Arc<Table>>,
+}
+
+impl Sparse {
+    /// What has to be written to make the tables durable, as of now. The tables are pinned.
+    fn take_dirty(&self, to: &mut Dirty) {
+        let mut state = locked(&self.state);
+        for index in std::mem::take(&mut state.dirty) {
+            // A dirty table is never evicted, so it is there.
+            let Some(table) = self.page(index).and_then(|(p, i)| p.tables.get(i)?.load_full()) else { continue };
+            table.pin();
+            for (at, bytes) in table.take_dirty() {
+                if let TableCopy::At(copy_at) = table.copy {
+                    to.tables.push((self.file, copy_at + at, bytes.clone()));
+                }
+                to.tables.push((self.file, table.at + at, bytes));
+            }
+            to.pinned.push(table);
+        }
+        // Every table that the directory names here is durable already or is written above.
+        for sector in std::mem::take(&mut state.dirty_gd) {
+            let first = sector * SECTOR_ENTRIES as u64;
+            let Some((page, index)) = self.page(first) else { continue };
+            let bytes = |directory: &[AtomicU32]| {
+                let entries = directory.get(index..).unwrap_or_default();
+                encode(entries.get(..SECTOR_ENTRIES).unwrap_or(entries))
+            };
+            if let Some(at) = self.rgd_at {
+                to.redundant_directory.push((self.file, at + first * 4, bytes(&page.rgd)));
+            }
+            to.directory.push((self.file, self.gd_at + first * 4, bytes(&page.gd)));
+        }
+    }
+}
+
+/// Joins writes that touch.
+fn merge(mut writes: Vec<Write>) -> Vec<Step> {
+    writes.sort_unstable_by_key(|(file, offset, _)| (*file, *offset));
+    let mut merged: Vec<Write> = Vec::new();
+    for (file, offset, bytes) in writes {
+        match merged.last_mut() {
+            Some((f, o, b)) if *f == file && *o + b.len() as u64 == offset => b.extend_from_slice(&bytes),
+            _ => merged.push((file, offset, bytes)),
+        }
+    }
+    merged.into_iter().map(|(file, offset, bytes)| Step::Write { file, offset, bytes }).collect()
+}
+
+/// Runs steps in order; neighbouring steps of a kind at the same time.
+///
+/// # Errors
+///
+/// The first step's that failed. `name` says what a file is called.
+pub(crate) async fn run<I: FileIo>(io: &I, steps: &[Step], name: impl Fn(FileId) -> String) -> Result<(), DiskError> {
+    let kind = |s: &Step| std::mem::discriminant(s);
+    for group in steps.chunk_by(|a, b| kind(a) == kind(b)) {
+        for result in join_all(group.iter().map(|step| run_one(io, step, &name))).await {
+            result?;
+        }
+    }
+    Ok(())
+}
+
+async fn run_one<I: FileIo>(io: &I, step: &Step, name: &impl Fn(FileId) -> String) -> Result<(), DiskError> {
+    match step {
+        Step::Barrier(file) => {
+            io.sync_data(*file).await.map_err(|e| DiskError::host(format!("sync {}", name(*file)), e))
+        }
+        Step::Write { file, offset, bytes } => {
+            let buf = io.alloc(bytes.len());
+            io.copy_in(&buf, 0, bytes);
+            io.write_at(*file, &buf, 0..bytes.len(), *offset).await.map_err(|e| {
+                DiskError::host(format!("write {} bytes of metadata at {offset} of {}", bytes.len(), name(*file)), e)
+            })
+        }
+        Step::SetLen { file, len } => {
+            let what = || format!("cut {} to {len} bytes", name(*file));
+            io.set_len(*file, *len).await.map_err(|e| DiskError::host(what(), e))
+        }
+    }
+}
+
+/// Flushes in rounds: those that arrive while one runs share the next.
+#[derive(Debug, Default)]
+pub(crate) struct Rounds(Mutex<RoundState>);
+
+#[derive(Debug, Default)]
+struct RoundState {
+    running: bool,
+    /// Rounds that began, and that ended.
+    begun: u64,
+    ended: u64,
+    waiting: WaitList,
+}
+
+/// The duty to run a round. Dropped at its end, whatever the end is.
+#[derive(Debug)]
+pub(crate) struct Round<'a>(&'a Rounds);
+
+impl Rounds {
+    /// The round that the caller must run, or `None` once another task has run one that began after this call.
+    pub(crate) async fn join(&self) -> Option<Round<'_>> {
+        let mine = locked(&self.0).begun + 1;
+        until(&self.0, |s| {
+            if s.ended >= mine {
+                Ok(None)
+            } else if s.running {
+                Err(&mut s.waiting)
+            } else {
+                s.running = true;
+                s.begun += 1;
+                Ok(Some(Round(self)))
+            }
+        })
+        .await
+    }
+}
+
+impl Drop for Round<'_> {
+    fn drop(&mut self) {
+        let mut state = locked(&self.0.0);
+        state.running = false;
+        state.ended = state.begun;
+        let wakers = state.waiting.take();
+        drop(state);
+        wake(wakers);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn writes_that_touch_become_one() {
+        let w = |offset, byte| (FileId(0), offset, vec![byte; 512]);
+        let other = (FileId(1), 1536, vec![9; 512]);
+        let steps = merge(vec![w(1024, 3), w(0, 1), other.clone(), w(512, 2), w(4096, 4)]);
+        let sizes: Vec<_> = steps
+            .iter()
+            .map(|s| match s {
+                Step::Write { file, offset, bytes } => (file.0, *offset, bytes.len()),
+                other => panic!("{other:?}"),
+            })
+            .collect();
+        assert_eq!(sizes, [(0, 0, 1536), (0, 4096, 512), (1, 1536, 512)]);
+    }
+}

@@ -1,0 +1,125 @@
+//! An image: extents in a row, and the one thing a format says: where data is.
+
+use crate::error::{DiskError, ErrorKind};
+use crate::file_io::FileId;
+use crate::sparse::{MetaRef, Sparse};
+use vmdk_parse::Access;
+
+/// Where a part of the disk is. `len` is never 0 and never more than was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mapping {
+    /// In a file.
+    Data { file: FileId, offset: u64, len: u64, grain: Option<Grain> },
+    /// Nowhere: it reads as zeroes.
+    Zero { len: u64 },
+    /// Not known before this is read.
+    NeedMeta(MetaRef),
+}
+
+/// The grain that a piece of data belongs to: byte offset in its file, and bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Grain {
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+}
+
+/// A part of the disk with its own file.
+#[derive(Debug)]
+pub(crate) struct Extent {
+    /// First byte on the disk.
+    pub(crate) start: u64,
+    /// Bytes.
+    pub(crate) len: u64,
+    pub(crate) access: Access,
+    pub(crate) layout: Layout,
+}
+
+/// How an extent stores its bytes.
+#[derive(Debug)]
+pub(crate) enum Layout {
+    /// As they are, from `offset` of the file on.
+    Flat { file: FileId, offset: u64 },
+    /// Not at all: they are zeroes.
+    Zero,
+    /// In grains.
+    Sparse(Box<Sparse>),
+}
+
+/// The extents of an image, in order and without gaps.
+#[derive(Debug)]
+pub(crate) struct Image {
+    pub(crate) extents: Vec<Extent>,
+}
+
+/// An extent and an offset in it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place<'a> {
+    pub(crate) extent: &'a Extent,
+    pub(crate) offset: u64,
+    /// Bytes that are left in the extent, no more than were asked for.
+    pub(crate) len: u64,
+}
+
+impl Image {
+    /// The extent at a byte of the disk.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::OutOfRange`] past the last one.
+    pub(crate) fn locate(&self, offset: u64, len: u64) -> Result<Place<'_>, DiskError> {
+        let index = self.extents.partition_point(|e| e.start + e.len <= offset);
+        match self.extents.get(index) {
+            Some(extent) => {
+                let inside = offset - extent.start;
+                Ok(Place { extent, offset: inside, len: len.min(extent.len - inside) })
+            }
+            None => Err(DiskError::new(ErrorKind::OutOfRange, format!("no extent holds byte {offset} of the disk"))),
+        }
+    }
+
+    /// The sparse extents.
+    pub(crate) fn sparse(&self) -> impl Iterator<Item = &Sparse> {
+        self.extents.iter().filter_map(|e| match &e.layout {
+            Layout::Sparse(s) => Some(&**s),
+            Layout::Flat { .. } | Layout::Zero => None,
+        })
+    }
+}
+
+impl Place<'_> {
+    /// Where the bytes of this place begin to be; the answer may cover less.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Corrupt`] from the tables; [`ErrorKind::PermissionDenied`] in an extent marked NOACCESS.
+    pub(crate) fn map(&self) -> Result<Mapping, DiskError> {
+        if self.extent.access == Access::NoAccess {
+            return Err(DiskError::new(
+                ErrorKind::PermissionDenied,
+                format!("the extent at byte {} of the disk is marked NOACCESS", self.extent.start),
+            ));
+        }
+        match &self.extent.layout {
+            Layout::Flat { file, offset } => {
+                Ok(Mapping::Data { file: *file, offset: offset + self.offset, len: self.len, grain: None })
+            }
+            Layout::Zero => Ok(Mapping::Zero { len: self.len }),
+            Layout::Sparse(s) => s.map(self.offset, self.len),
+        }
+    }
+
+    /// Refuses a change where the image does not allow one.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::ReadOnly`].
+    pub(crate) fn check_writable(&self) -> Result<(), DiskError> {
+        if self.extent.access == Access::Rw {
+            return Ok(());
+        }
+        Err(DiskError::new(
+            ErrorKind::ReadOnly,
+            format!("the extent at byte {} of the disk is not marked RW", self.extent.start),
+        ))
+    }
+}

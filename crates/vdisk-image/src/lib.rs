@@ -1,0 +1,43 @@
+//! The image backend: VMDK and raw images as disks of bytes.
+//!
+//! A format maps (says where data is) and never does I/O itself; [`Disk::serve`] is the one place that turns a checked
+//! [`Request`] into I/O through the [`FileIo`] it is given. The crate knows no runtime, no transport and no clock.
+//!
+//! Lock order: an extent's lock, a shard of the grain cache, the list of loads, the flush rounds and the first change
+//! have one mutex each; none is held while another is taken, and none across an await.
+
+#![forbid(unsafe_code)]
+#![deny(clippy::big_endian_bytes)]
+
+mod allocate;
+mod cache;
+mod change;
+mod disk;
+mod error;
+mod file_io;
+mod flush;
+mod image;
+mod info;
+#[cfg(any(test, feature = "memory"))]
+pub mod memory;
+mod open;
+mod probe;
+mod read;
+mod request;
+mod scan;
+mod sparse;
+mod table;
+mod wait;
+mod write;
+mod zero;
+
+#[cfg(test)]
+mod tests;
+
+pub use disk::Disk;
+pub use error::{DiskError, ErrorKind};
+pub use file_io::{FileId, FileIo, Files};
+pub use info::{ExtentInfo, Format, Info};
+pub use open::OpenOptions;
+pub use request::{Flags, Geometry, Op, Request};
+pub use vmdk_parse::{Access, ContentId, ExtentKind};

@@ -1,0 +1,117 @@
+//! Reading.
+
+use crate::cache::Cached;
+use crate::disk::{Disk, size};
+use crate::error::DiskError;
+use crate::file_io::{FileId, FileIo};
+use crate::image::{Grain, Layout, Mapping, Place};
+use crate::sparse::MetaRef;
+use futures_util::future::join_all;
+use smallvec::SmallVec;
+use std::ops::Range;
+use std::sync::Arc;
+
+/// A piece of a request that is in one place in a file.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Run {
+    pub(crate) file: FileId,
+    /// Byte offset in the file.
+    pub(crate) at: u64,
+    /// Byte offset in the request's buffer.
+    pub(crate) start: u64,
+    pub(crate) len: u64,
+    /// The grain that it lies in, if it lies in one.
+    pub(crate) grain: Option<Grain>,
+}
+
+/// The pieces of a request. The usual one has one or two, which take no heap.
+pub(crate) type Runs = SmallVec<[Run; 4]>;
+
+impl Run {
+    pub(crate) fn part(&self) -> Range<usize> {
+        size(self.start)..size(self.start + self.len)
+    }
+}
+
+/// Adds a run, joined to the last one if it goes on there.
+pub(crate) fn push(runs: &mut Runs, run: Run) {
+    match runs.last_mut() {
+        Some(last) if last.file == run.file && last.at + last.len == run.at && last.start + last.len == run.start => {
+            last.len += run.len;
+            last.grain = None;
+        }
+        _ => runs.push(run),
+    }
+}
+
+impl Disk {
+    pub(crate) async fn read<I: FileIo>(&self, io: &I, offset: u64, len: u64, buf: &I::Buf) -> Result<(), DiskError> {
+        let mut runs = Runs::new();
+        let mut done = 0;
+        while done < len {
+            let place = self.image.locate(offset + done, len - done)?;
+            match place.map()? {
+                Mapping::NeedMeta(meta) => self.load_at(io, place, meta).await?,
+                Mapping::Zero { len } => {
+                    io.fill_zero(buf, size(done)..size(done + len));
+                    done += len;
+                }
+                Mapping::Data { file, offset: at, len, grain } => {
+                    push(&mut runs, Run { file, at, start: done, len, grain });
+                    done += len;
+                }
+            }
+        }
+        match *runs {
+            [] => Ok(()),
+            [ref run] => self.read_run(io, run, buf).await,
+            _ => join_all(runs.iter().map(|run| self.read_run(io, run, buf))).await.into_iter().collect(),
+        }
+    }
+
+    /// Loads metadata of the extent that `place` is in.
+    pub(crate) async fn load_at<I: FileIo>(&self, io: &I, place: Place<'_>, meta: MetaRef) -> Result<(), DiskError> {
+        match &place.extent.layout {
+            Layout::Sparse(s) => self.load(io, s, meta).await,
+            // Only sparse extents have metadata.
+            Layout::Flat { .. } | Layout::Zero => Ok(()),
+        }
+    }
+
+    async fn read_run<I: FileIo>(&self, io: &I, run: &Run, buf: &I::Buf) -> Result<(), DiskError> {
+        if let Some(grain) = run.grain.filter(|g| run.len < g.len) {
+            match self.cache.look_up((run.file, grain.start)) {
+                Cached::Hit(bytes) => {
+                    let skip = size(run.at - grain.start);
+                    if let Some(part) = bytes.get(skip..skip + size(run.len)) {
+                        io.copy_in(buf, size(run.start), part);
+                        return Ok(());
+                    }
+                }
+                Cached::Fill(fill) => {
+                    let bytes = self.read_grain(io, run.file, grain).await;
+                    self.cache.fill(&fill, bytes.clone());
+                    let skip = size(run.at - grain.start);
+                    if let Some(part) = bytes.as_deref().and_then(|b| b.get(skip..skip + size(run.len))) {
+                        io.copy_in(buf, size(run.start), part);
+                        return Ok(());
+                    }
+                    // One bad sector somewhere in the grain must not fail a read beside it.
+                }
+                Cached::Miss => {}
+            }
+        }
+        io.read_at(run.file, buf, run.part(), run.at)
+            .await
+            .map_err(|e| DiskError::host(format!("read {} bytes at {} of {}", run.len, run.at, self.name(run.file)), e))
+    }
+
+    async fn read_grain<I: FileIo>(&self, io: &I, file: FileId, grain: Grain) -> Option<Arc<[u8]>> {
+        let len = size(grain.len);
+        let buf = io.alloc(len);
+        io.read_at(file, &buf, 0..len, grain.start).await.ok()?;
+        let mut bytes = vec![0; len];
+        io.copy_out(&buf, 0, &mut bytes);
+        Some(Arc::from(bytes))
+    }
+}

@@ -1,0 +1,99 @@
+//! Looking through the tables of a sparse extent. Pure, like everything of [`Sparse`].
+
+use crate::error::DiskError;
+use crate::sparse::{MetaRef, Sparse};
+use crate::table::{PAGE_ENTRIES, SECTOR_ENTRIES, Table};
+use crate::wait::locked;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use vmdk_parse::{GrainEntry, SECTOR_SIZE, decode_entries};
+
+/// Tables that lie in a row in the file.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct TableRun {
+    /// Index of the first.
+    pub(crate) first: u64,
+    pub(crate) count: u64,
+    /// Byte offset of the first.
+    pub(crate) at: u64,
+}
+
+impl Sparse {
+    /// Pages of the directory.
+    pub(crate) fn page_count(&self) -> u64 {
+        self.pages.len() as u64
+    }
+
+    /// First byte behind the metadata that the header names, and behind the file.
+    pub(crate) fn metadata_end(&self) -> u64 {
+        let directory = self.tables * 4;
+        let overhead = self.header.overhead.bytes().unwrap_or(0);
+        let file_len = self.file_len.load(Ordering::Acquire);
+        file_len.max(overhead).max(self.gd_at + directory).max(self.rgd_at.map_or(0, |at| at + directory))
+    }
+
+    /// The tables of a directory page that exist and lie in the file, in runs of at most `limit` bytes. The page, if it is
+    /// not in memory.
+    pub(crate) fn table_runs(&self, page: u64, limit: u64) -> Result<Vec<TableRun>, MetaRef> {
+        let first = page * PAGE_ENTRIES;
+        let (loaded, _) = self.page(first).ok_or(MetaRef::Directory(page))?;
+        let mut runs: Vec<TableRun> = Vec::new();
+        for (table, gde) in (first..).zip(&loaded.gd) {
+            // A table outside the file fails where it is used; here it only has no entries.
+            let Ok(at) = self.table_at(table, gde.load(Ordering::Acquire)) else { continue };
+            match runs.last_mut() {
+                Some(r)
+                    if r.first + r.count == table
+                        && r.at + r.count * self.table_bytes() == at
+                        && (r.count + 1) * self.table_bytes() <= limit =>
+                {
+                    r.count += 1;
+                }
+                _ => runs.push(TableRun { first: table, count: 1, at }),
+            }
+        }
+        Ok(runs)
+    }
+
+    /// First byte behind every grain that the entries name, whether the file reaches it or not.
+    pub(crate) fn end_of_entries(&self, table: &[u8]) -> u64 {
+        decode_entries(table)
+            .filter_map(|e| match GrainEntry::decode(e, self.header.flags.zeroed_grain()) {
+                GrainEntry::At(sector) => Some(sector.0 * SECTOR_SIZE + self.grain),
+                GrainEntry::Absent | GrainEntry::Zeroed => None,
+            })
+            .max()
+            .unwrap_or(0)
+    }
+
+    /// Byte offset of the redundant copy of a table, if it lies in the file.
+    pub(crate) fn copy_at(&self, table: u64) -> Option<u64> {
+        let (page, index) = self.page(table)?;
+        let rgde = page.rgd.get(index)?.load(Ordering::Acquire);
+        self.table_at(table, rgde).ok()
+    }
+
+    /// Forgets tables of a directory page that only the redundant directory names: the power failed before the primary one
+    /// named them, so nothing that was flushed is in them.
+    pub(crate) fn forget_unborn_tables(&self, page: u64) {
+        let first = page * PAGE_ENTRIES;
+        let Some((loaded, _)) = self.page(first) else { return };
+        let mut state = locked(&self.state);
+        for ((table, gde), rgde) in (first..).zip(&loaded.gd).zip(&loaded.rgd) {
+            if gde.load(Ordering::Acquire) == 0 && rgde.swap(0, Ordering::AcqRel) != 0 {
+                state.dirty_gd.insert(table / SECTOR_ENTRIES as u64);
+            }
+        }
+    }
+
+    /// Has both copies of a table written with the next flush.
+    pub(crate) fn rewrite(&self, index: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        self.supply(MetaRef::Table(index), bytes, &[])?;
+        let mut state = locked(&self.state);
+        let table: Option<Arc<Table>> = self.page(index).and_then(|(p, i)| p.tables.get(i)?.load_full());
+        if table.is_some_and(|t| t.set_all_dirty()) {
+            state.dirty.push(index);
+        }
+        Ok(())
+    }
+}

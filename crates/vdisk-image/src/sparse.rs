@@ -1,0 +1,310 @@
+//! A hosted sparse extent: where its grains are. Pure; what is missing in memory is asked for by a [`MetaRef`].
+//!
+//! Source: VMware Virtual Disk Format 1.1, "Hosted Sparse Extents".
+
+use crate::allocate::State;
+use crate::error::{DiskError, ErrorKind};
+use crate::file_io::FileId;
+use crate::image::{Grain, Mapping};
+use crate::table::{PAGE_ENTRIES, Page, Table, TableCopy};
+use crate::wait::locked;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use vmdk_parse::{GrainEntry, SECTOR_SIZE, SparseHeader, decode_entries};
+
+/// A piece of metadata of a sparse extent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum MetaRef {
+    /// A page of the grain directory.
+    Directory(u64),
+    /// A grain table.
+    Table(u64),
+}
+
+/// Memory that the grain tables of an image take together, in bytes.
+#[derive(Debug)]
+pub(crate) struct TableBudget {
+    limit: usize,
+    used: AtomicUsize,
+}
+
+impl TableBudget {
+    pub(crate) fn new(limit: usize) -> Self {
+        Self { limit, used: AtomicUsize::new(0) }
+    }
+}
+
+/// A hosted sparse extent.
+#[derive(Debug)]
+pub(crate) struct Sparse {
+    pub(crate) file: FileId,
+    pub(crate) name: String,
+    pub(crate) header: SparseHeader,
+    /// Bytes in a grain.
+    pub(crate) grain: u64,
+    /// Entries in a grain table.
+    pub(crate) gtes: u64,
+    /// Byte offsets of the directory and its redundant copy.
+    pub(crate) gd_at: u64,
+    pub(crate) rgd_at: Option<u64>,
+    /// Tables in the directory.
+    pub(crate) tables: u64,
+    /// Length of the extent's file in bytes, as far as it is known to have grown.
+    pub(crate) file_len: AtomicU64,
+    pub(crate) pages: Box<[OnceLock<Page>]>,
+    pub(crate) state: Mutex<State>,
+    budget: Arc<TableBudget>,
+}
+
+impl Sparse {
+    /// An extent whose header was decoded, in a file of `file_len` bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Corrupt`] if the directory does not lie in the file, [`ErrorKind::Unsupported`] for compressed
+    /// extents and, unless `read_only`, for what cannot be written without breaking it.
+    pub(crate) fn new(
+        file: FileId,
+        name: String,
+        header: SparseHeader,
+        file_len: u64,
+        read_only: bool,
+        budget: Arc<TableBudget>,
+    ) -> Result<Self, DiskError> {
+        let corrupt = |what: String| DiskError::new(ErrorKind::Corrupt, format!("{name}: {what}"));
+        let unsupported = |what: &str| DiskError::new(ErrorKind::Unsupported, format!("{name}: {what}"));
+        if header.flags.compressed() || header.flags.markers() {
+            return Err(unsupported(
+                "a compressed (streamOptimized) image cannot be attached yet: convert it with qemu-img convert -O vmdk",
+            ));
+        }
+        if !read_only && header.version > 2 {
+            return Err(unsupported("version 3 (change tracking) is opened read-only: use --read-only"));
+        }
+        if !read_only && header.gtes_per_gt != 512 {
+            return Err(unsupported("grain tables of other than 512 entries are opened read-only: use --read-only"));
+        }
+        let vmdk_parse::GdOffset::At(gd) = header.gd_offset else {
+            return Err(unsupported("the grain directory is at the end of the file (a stream): not supported yet"));
+        };
+        if header.overhead.bytes().is_none_or(|end| end > file_len) {
+            return Err(corrupt(format!(
+                "the metadata ends at sector {}, past the end of the file of {file_len} bytes",
+                header.overhead.0
+            )));
+        }
+        let tables = header.directory_len();
+        let inside = |at: vmdk_parse::Sectors, what: &str| {
+            at.bytes().filter(|b| *b > 0 && b.checked_add(tables * 4).is_some_and(|end| end <= file_len)).ok_or_else(
+                || corrupt(format!("{what} at sector {} does not lie in the file of {file_len} bytes", at.0)),
+            )
+        };
+        let gd_at = inside(gd, "the grain directory")?;
+        let rgd_at = match header.redundant() {
+            Some(at) if !read_only => {
+                let at = inside(at, "the redundant grain directory")?;
+                if at == gd_at {
+                    return Err(corrupt("both grain directories are at the same place".to_owned()));
+                }
+                Some(at)
+            }
+            _ => None,
+        };
+        Ok(Self {
+            file,
+            grain: header.grain_bytes(),
+            gtes: u64::from(header.gtes_per_gt),
+            gd_at,
+            rgd_at,
+            tables,
+            file_len: AtomicU64::new(file_len),
+            pages: (0..tables.div_ceil(PAGE_ENTRIES)).map(|_| OnceLock::new()).collect(),
+            state: Mutex::new(State::default()),
+            name,
+            header,
+            budget,
+        })
+    }
+
+    /// Bytes of a table in the file.
+    pub(crate) fn table_bytes(&self) -> u64 {
+        self.gtes * 4
+    }
+
+    /// Splits an offset in the extent: (table, entry, offset in the grain).
+    pub(crate) fn split(&self, offset: u64) -> (u64, usize, u64) {
+        let grain = offset / self.grain;
+        #[expect(clippy::cast_possible_truncation, reason = "below gtes, which is at most 512")]
+        let entry = (grain % self.gtes) as usize;
+        (grain / self.gtes, entry, offset % self.grain)
+    }
+
+    /// Where the range is. Pure. The answer never crosses the end of a grain.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Corrupt`] for an entry that points outside the data area.
+    pub(crate) fn map(&self, offset: u64, len: u64) -> Result<Mapping, DiskError> {
+        let (table, entry, skip) = self.split(offset);
+        let len = len.min(self.grain - skip);
+        let value = match self.table(table, |t| t.entry(entry).unwrap_or(0)) {
+            Lookup::Table(value) => value,
+            Lookup::Absent => 0,
+            Lookup::Need(meta) => return Ok(Mapping::NeedMeta(meta)),
+        };
+        let GrainEntry::At(sector) = GrainEntry::decode(value, self.header.flags.zeroed_grain()) else {
+            return Ok(Mapping::Zero { len });
+        };
+        let start = sector.0 * SECTOR_SIZE;
+        let file_len = self.file_len.load(Ordering::Acquire);
+        if sector < self.header.overhead || start >= file_len {
+            let what = if start >= file_len { "past the end of the file" } else { "in the metadata" };
+            return Err(DiskError::new(
+                ErrorKind::Corrupt,
+                format!("{}: entry {entry} of grain table {table} points to sector {}, {what}", self.name, sector.0),
+            ));
+        }
+        // Some writers leave the last grain of the file unfinished: what is missing was never written, so it is zero.
+        let there = file_len - start;
+        if skip >= there {
+            return Ok(Mapping::Zero { len });
+        }
+        let grain = Grain { start, len: self.grain };
+        Ok(Mapping::Data { file: self.file, offset: start + skip, len: len.min(there - skip), grain: Some(grain) })
+    }
+
+    /// Looks at a table, if it is in memory or known not to exist.
+    pub(crate) fn table<R>(&self, table: u64, look: impl FnOnce(&Arc<Table>) -> R) -> Lookup<R> {
+        let Some((page, index)) = self.page(table) else {
+            return Lookup::Need(MetaRef::Directory(table / PAGE_ENTRIES));
+        };
+        let (Some(slot), Some(gde)) = (page.tables.get(index), page.gd.get(index)) else { return Lookup::Absent };
+        if let Some(t) = &*slot.load() {
+            t.touch();
+            return Lookup::Table(look(t));
+        }
+        match gde.load(Ordering::Acquire) {
+            0 => Lookup::Absent,
+            _ => Lookup::Need(MetaRef::Table(table)),
+        }
+    }
+
+    /// The loaded directory page of a table, and the table's index in it.
+    pub(crate) fn page(&self, table: u64) -> Option<(&Page, usize)> {
+        let page = self.pages.get(usize::try_from(table / PAGE_ENTRIES).ok()?)?.get()?;
+        Some((page, usize::try_from(table % PAGE_ENTRIES).ok()?))
+    }
+
+    /// What to read (byte offset, bytes) to supply `meta`: one range, or for a directory page with a copy two.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Corrupt`] for a table that does not lie in the file.
+    pub(crate) fn place_of(&self, meta: MetaRef) -> Result<(u64, Option<u64>, u64), DiskError> {
+        match meta {
+            MetaRef::Directory(page) => {
+                let first = page * PAGE_ENTRIES;
+                let len = 4 * PAGE_ENTRIES.min(self.tables - first);
+                Ok((self.gd_at + first * 4, self.rgd_at.map(|at| at + first * 4), len))
+            }
+            MetaRef::Table(table) => {
+                let gde = self.page(table).and_then(|(p, i)| p.gd.get(i)).map_or(0, |g| g.load(Ordering::Acquire));
+                Ok((self.table_at(table, gde)?, None, self.table_bytes()))
+            }
+        }
+    }
+
+    /// Byte offset of a table from its directory entry, checked to lie in the file.
+    pub(crate) fn table_at(&self, table: u64, gde: u32) -> Result<u64, DiskError> {
+        let at = u64::from(gde) * SECTOR_SIZE;
+        let file_len = self.file_len.load(Ordering::Acquire);
+        if gde == 0 || at + self.table_bytes() > file_len {
+            return Err(DiskError::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "{}: grain table {table} at sector {gde} does not lie in the file of {file_len} bytes",
+                    self.name
+                ),
+            ));
+        }
+        Ok(at)
+    }
+
+    /// Takes metadata that was read from the place that [`Sparse::place_of`] gave.
+    ///
+    /// # Errors
+    ///
+    /// [`ErrorKind::Corrupt`] for a table that does not lie in the file.
+    pub(crate) fn supply(&self, meta: MetaRef, bytes: &[u8], copy: &[u8]) -> Result<(), DiskError> {
+        match meta {
+            MetaRef::Directory(page) => {
+                if let Some(slot) = usize::try_from(page).ok().and_then(|p| self.pages.get(p)) {
+                    // Loads are single-flight: nobody was faster, and if so, his page is as good.
+                    let _ = slot.set(Page::new(decode_entries(bytes), decode_entries(copy)));
+                }
+            }
+            MetaRef::Table(table) => {
+                let (at, _, _) = self.place_of(meta)?;
+                let copy = match (self.rgd_at, self.copy_at(table)) {
+                    (None, _) => TableCopy::None,
+                    (Some(_), Some(copy_at)) if copy_at != at => TableCopy::At(copy_at),
+                    _ => TableCopy::Broken,
+                };
+                self.insert(table, Arc::new(Table::new(decode_entries(bytes), at, copy)));
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the piece of metadata is in memory.
+    pub(crate) fn has(&self, meta: MetaRef) -> bool {
+        match meta {
+            MetaRef::Directory(page) => self.page(page * PAGE_ENTRIES).is_some(),
+            MetaRef::Table(table) => {
+                self.page(table).and_then(|(p, i)| p.tables.get(i)).is_some_and(|slot| slot.load().is_some())
+            }
+        }
+    }
+
+    /// Counts a table that comes into memory.
+    pub(crate) fn charge(&self, table: &Table) {
+        self.budget.used.fetch_add(table.weight(), Ordering::Relaxed);
+    }
+
+    /// Puts a table into memory and, over budget, the one out that was not used for longest (second chance).
+    ///
+    /// An exact LRU would need a lock on every look-up; the clock needs a bit.
+    pub(crate) fn insert(&self, table: u64, new: Arc<Table>) {
+        let Some((page, index)) = self.page(table) else { return };
+        let mut state = locked(&self.state);
+        let Some(slot) = page.tables.get(index).filter(|s| s.load().is_none()) else { return };
+        self.charge(&new);
+        slot.store(Some(new));
+        state.clock.push_back(table);
+        // Each table is looked at twice at most: once for its second chance, once to go.
+        for _ in 0..2 * state.clock.len() {
+            if self.budget.used.load(Ordering::Relaxed) <= self.budget.limit {
+                break;
+            }
+            let Some(oldest) = state.clock.pop_front() else { break };
+            let slot = self.page(oldest).and_then(|(p, i)| p.tables.get(i));
+            let Some((slot, old)) = slot.and_then(|s| Some((s, s.load_full()?))) else { continue };
+            if oldest == table || old.second_chance() || !old.evictable() {
+                state.clock.push_back(oldest);
+            } else {
+                slot.store(None);
+                self.budget.used.fetch_sub(old.weight(), Ordering::Relaxed);
+            }
+        }
+    }
+}
+
+/// What is known of a table.
+pub(crate) enum Lookup<R> {
+    /// It is in memory; this was seen in it.
+    Table(R),
+    /// It does not exist: all its grains are absent.
+    Absent,
+    /// It, or its page of the directory, has to be read first.
+    Need(MetaRef),
+}

@@ -1,0 +1,9 @@
+//! Tests of the whole backend on the in-memory engine.
+
+#![allow(clippy::cast_possible_truncation, reason = "sizes in tests are small, and a wrong one fails the test")]
+
+mod crash;
+mod faults;
+mod fixtures;
+mod model;
+mod opening;

@@ -1,0 +1,212 @@
+//! Images made by hand, and a disk that is driven through the same door as a transport's.
+
+use crate::memory::Memory;
+use crate::{Disk, DiskError, FileId, Flags, Op, OpenOptions, Request};
+use futures_executor::LocalPool;
+use futures_util::task::LocalSpawnExt;
+use std::cell::RefCell;
+use std::rc::Rc;
+use vmdk_parse::{GdOffset, HeaderFlags, Sectors, SparseHeader};
+
+pub(crate) const OPTIONS: OpenOptions = OpenOptions {
+    read_only: false,
+    format: None,
+    cache_bytes: 1 << 20,
+    zeroout_unmaps: false,
+    new_content_id: 0x1234_5678,
+};
+
+/// The kinds of image that every test runs on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Shape {
+    Raw,
+    /// One file, both copies of the tables.
+    Sparse,
+    /// One file, one copy.
+    SparseWithoutCopy,
+    /// No grain tables at all yet (every GDE is 0), grains of 4 KiB.
+    SparseWithoutTables,
+    /// A descriptor, two sparse extents and a flat one.
+    Split,
+}
+
+pub(crate) const SHAPES: [Shape; 5] =
+    [Shape::Raw, Shape::Sparse, Shape::SparseWithoutCopy, Shape::SparseWithoutTables, Shape::Split];
+
+/// Bytes of a disk of any shape: several grain tables even with small grains.
+pub(crate) const DISK: u64 = 6 << 20;
+
+/// A file name that the first file of every image has.
+pub(crate) const NAME: &str = "disk.vmdk";
+
+fn descriptor(extents: &str) -> String {
+    format!(
+        "# Disk DescriptorFile\nversion=1\nCID=0badcafe\nparentCID=ffffffff\ncreateType=\"custom\"\n\n{extents}\n\n\
+         ddb.adapterType = \"ide\"\nddb.longContentID = \"00112233445566778899aabb0badcafe\"\n"
+    )
+}
+
+/// A sparse extent of `sectors`, empty. `descriptor` goes inside.
+pub(crate) fn sparse(sectors: u64, grain: u64, copy: bool, tables: bool, descriptor: &str) -> Vec<u8> {
+    let count = sectors.div_ceil(grain * 512);
+    let gd_sectors = (count * 4).div_ceil(512);
+    let size_of_copy = gd_sectors + if tables { count * 4 } else { 0 };
+    let rgd = 21;
+    let gd = if copy { rgd + size_of_copy } else { rgd };
+    let overhead = (gd + size_of_copy).next_multiple_of(grain);
+    let mut flags = HeaderFlags::NEWLINE_TEST;
+    if copy {
+        flags = flags.with(HeaderFlags::REDUNDANT_TABLES);
+    }
+    let header = SparseHeader {
+        version: 1,
+        flags,
+        capacity: Sectors(sectors),
+        grain_size: Sectors(grain),
+        descriptor_offset: Sectors(u64::from(!descriptor.is_empty())),
+        descriptor_size: Sectors(if descriptor.is_empty() { 0 } else { 20 }),
+        gtes_per_gt: 512,
+        rgd_offset: Sectors(if copy { rgd } else { 0 }),
+        gd_offset: GdOffset::At(Sectors(gd)),
+        overhead: Sectors(overhead),
+        unclean_shutdown: false,
+        compression: vmdk_parse::Compression::None,
+    };
+    let mut file = vec![0; overhead as usize * 512];
+    file[..512].copy_from_slice(&header.encode());
+    file[512..512 + descriptor.len()].copy_from_slice(descriptor.as_bytes());
+    if tables {
+        for directory in if copy { vec![rgd, gd] } else { vec![gd] } {
+            for n in 0..count {
+                let at = (directory * 512 + n * 4) as usize;
+                let table = (directory + gd_sectors + n * 4) as u32;
+                file[at..at + 4].copy_from_slice(&table.to_le_bytes());
+            }
+        }
+    }
+    file
+}
+
+/// An empty image of [`DISK`] bytes.
+pub(crate) fn image(shape: Shape) -> Vec<(String, Vec<u8>)> {
+    let sectors = DISK / 512;
+    let one = |grain, copy, tables| {
+        let text = descriptor(&format!("RW {sectors} SPARSE \"{NAME}\""));
+        vec![(NAME.to_owned(), sparse(sectors, grain, copy, tables, &text))]
+    };
+    match shape {
+        Shape::Raw => vec![("disk.raw".to_owned(), vec![0; DISK as usize])],
+        Shape::Sparse => one(8, true, true),
+        Shape::SparseWithoutCopy => one(16, false, true),
+        Shape::SparseWithoutTables => one(8, true, false),
+        Shape::Split => {
+            let third = sectors / 3;
+            let text = descriptor(&format!(
+                "RW {third} SPARSE \"s1.vmdk\"\nRW {third} FLAT \"f2.vmdk\" 3\nRW {third} SPARSE \"s3.vmdk\""
+            ));
+            vec![
+                (NAME.to_owned(), text.into_bytes()),
+                ("s1.vmdk".to_owned(), sparse(third, 8, true, true, "")),
+                ("f2.vmdk".to_owned(), vec![0; (third as usize + 3) * 512]),
+                ("s3.vmdk".to_owned(), sparse(third, 128, true, true, "")),
+            ]
+        }
+    }
+}
+
+/// Runs tasks on one thread until all are done. A task that nobody wakes fails the test instead of hanging it.
+pub(crate) fn run_all<F: Future<Output = ()> + 'static>(tasks: impl IntoIterator<Item = F>) {
+    let mut pool = LocalPool::new();
+    let left = Rc::new(std::cell::Cell::new(0));
+    for task in tasks {
+        left.set(left.get() + 1);
+        let left = Rc::clone(&left);
+        let task = async move {
+            task.await;
+            left.set(left.get() - 1);
+        };
+        pool.spawner().spawn_local(task).unwrap();
+    }
+    pool.run_until_stalled();
+    assert_eq!(left.get(), 0, "tasks that nobody wakes");
+}
+
+/// Runs one future that may wait for itself only.
+pub(crate) fn run<T>(future: impl Future<Output = T>) -> T {
+    futures_executor::block_on(future)
+}
+
+pub(crate) fn open(memory: &Memory) -> Result<Disk, DiskError> {
+    open_with(memory, &OPTIONS)
+}
+
+pub(crate) fn open_with(memory: &Memory, options: &OpenOptions) -> Result<Disk, DiskError> {
+    run(Disk::open(memory, FileId(0), options))
+}
+
+pub(crate) async fn request(
+    disk: &Disk,
+    memory: &Memory,
+    op: Op,
+    offset: u64,
+    len: u64,
+    buf: &RefCell<Vec<u8>>,
+) -> Result<(), DiskError> {
+    disk.serve(memory, Request::check(disk.geometry(), op, offset, len, Flags::default())?, buf).await
+}
+
+pub(crate) async fn write(disk: &Disk, memory: &Memory, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+    request(disk, memory, Op::Write, offset, bytes.len() as u64, &RefCell::new(bytes.to_vec())).await
+}
+
+pub(crate) async fn read(disk: &Disk, memory: &Memory, offset: u64, len: u64) -> Result<Vec<u8>, DiskError> {
+    // Not zeroes: a part that is not filled must be noticed.
+    let buf = RefCell::new(vec![0xee; len as usize]);
+    request(disk, memory, Op::Read, offset, len, &buf).await?;
+    Ok(buf.into_inner())
+}
+
+pub(crate) async fn flush(disk: &Disk, memory: &Memory) -> Result<(), DiskError> {
+    request(disk, memory, Op::Flush, 0, 0, &RefCell::default()).await
+}
+
+/// What is wrong with the tables of the sparse extents: entries outside the file or misaligned, and two grains with one
+/// place. With `copies`, also tables that differ from their redundant copy.
+pub(crate) fn faults(files: &[(String, Vec<u8>)], copies: bool) -> Vec<String> {
+    let mut found = Vec::new();
+    for (name, bytes) in files {
+        let Ok(header) = SparseHeader::decode(bytes) else { continue };
+        let GdOffset::At(gd) = header.gd_offset else { continue };
+        let word = |at: u64| u64::from(u32::from_le_bytes(bytes[at as usize..at as usize + 4].try_into().unwrap()));
+        let mut places = std::collections::HashMap::new();
+        for table in 0..header.directory_len() {
+            let gde = word(gd.0 * 512 + table * 4);
+            let rgde = header.redundant().map(|r| word(r.0 * 512 + table * 4));
+            if gde == 0 {
+                if copies && rgde.is_some_and(|r| r != 0) {
+                    found.push(format!("{name}: table {table} only in the copy"));
+                }
+                continue;
+            }
+            for entry in 0..512 {
+                let gte = word(gde * 512 + entry * 4);
+                if copies
+                    && let Some(r) = rgde
+                    && word(r * 512 + entry * 4) != gte
+                {
+                    found.push(format!("{name}: entry {table}/{entry} differs from its copy"));
+                }
+                if gte == 0 {
+                    continue;
+                }
+                if gte < header.overhead.0 || gte % header.grain_size.0 != 0 || gte * 512 >= bytes.len() as u64 {
+                    found.push(format!("{name}: entry {table}/{entry} points to sector {gte}"));
+                }
+                if let Some(other) = places.insert(gte, (table, entry)) {
+                    found.push(format!("{name}: entries {other:?} and {:?} share sector {gte}", (table, entry)));
+                }
+            }
+        }
+    }
+    found
+}

@@ -1,0 +1,129 @@
+//! What opens and what is refused.
+
+use super::fixtures::{DISK, NAME, OPTIONS, SHAPES, Shape, image, open, open_with, read, run, sparse, write};
+use crate::memory::Memory;
+use crate::{ErrorKind, Format, OpenOptions};
+
+fn refused(files: Vec<(String, Vec<u8>)>) -> (ErrorKind, String) {
+    let e = open(&Memory::new(files, 0)).map(|_| ()).unwrap_err();
+    (
+        e.kind(),
+        std::iter::successors(Some(&e as &dyn std::error::Error), |e| e.source()).map(|e| format!("{e}: ")).collect(),
+    )
+}
+
+#[test]
+fn every_shape_opens_with_its_size() {
+    for shape in SHAPES {
+        let disk = open(&Memory::new(image(shape), 0)).unwrap();
+        assert_eq!(disk.geometry().size, DISK, "{shape:?}");
+        assert_eq!(disk.info().format, if shape == Shape::Raw { Format::Raw } else { Format::Vmdk });
+    }
+}
+
+#[test]
+fn every_truncation_of_an_image_is_refused_or_reads_without_panic() {
+    let whole = image(Shape::Sparse).remove(0).1;
+    for len in (0..whole.len()).step_by(97) {
+        let memory = Memory::new(vec![(NAME.to_owned(), whole[..len].to_vec())], 0);
+        if let Ok(disk) = open(&memory) {
+            let _ = run(read(&disk, &memory, 0, 64 << 10));
+            let _ = run(read(&disk, &memory, DISK - 4096, 4096));
+        }
+    }
+}
+
+#[test]
+fn every_damaged_byte_of_the_header_is_refused_or_reads_without_panic() {
+    let whole = image(Shape::Sparse).remove(0).1;
+    for at in 0..80 {
+        for value in [0, 1, 0x7f, 0xff] {
+            let mut bytes = whole.clone();
+            bytes[at] = value;
+            let memory = Memory::new(vec![(NAME.to_owned(), bytes)], 0);
+            if let Ok(disk) = open(&memory) {
+                for offset in [0, DISK / 2, disk.geometry().size.saturating_sub(4096)] {
+                    let _ = run(read(&disk, &memory, offset, 4096));
+                }
+                let _ = run(write(&disk, &memory, 0, &[1; 512]));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_missing_extent_is_named() {
+    let mut files = image(Shape::Split);
+    files.remove(1);
+    let (kind, text) = refused(files);
+    assert_eq!(kind, ErrorKind::NotFound);
+    assert!(text.contains("extent 1: open \"s1.vmdk\""), "{text}");
+}
+
+#[test]
+fn a_flat_extent_that_is_too_short_is_refused_not_read_as_zeroes() {
+    let mut files = image(Shape::Split);
+    files[2].1.pop();
+    let (kind, text) = refused(files);
+    assert_eq!(kind, ErrorKind::Corrupt);
+    assert!(text.contains("f2.vmdk"), "{text}");
+}
+
+#[test]
+fn an_extent_of_a_split_image_is_not_an_image() {
+    let (kind, text) = refused(vec![("d-s001.vmdk".to_owned(), sparse(2048, 8, true, true, ""))]);
+    assert_eq!(kind, ErrorKind::NotAnImage);
+    assert!(text.contains("descriptor"), "{text}");
+}
+
+#[test]
+fn zero_extents_keep_their_place_between_the_others() {
+    let text = "# Disk DescriptorFile\nCID=00000001\nparentCID=ffffffff\ncreateType=\"custom\"\n\
+                RW 8 FLAT \"a\" 0\n\nRW 8 ZERO\n\nRDONLY 8 FLAT \"b\" 0\n";
+    let files = vec![
+        (NAME.to_owned(), text.as_bytes().to_vec()),
+        ("a".to_owned(), vec![1; 4096]),
+        ("b".to_owned(), vec![2; 4096]),
+    ];
+    let memory = Memory::new(files, 0);
+    let disk = open(&memory).unwrap();
+    let got = run(read(&disk, &memory, 0, 3 * 4096)).unwrap();
+    assert!(got == [[1; 4096], [0; 4096], [2; 4096]].concat());
+    for offset in [4096, 8192] {
+        assert_eq!(run(write(&disk, &memory, offset, &[9; 512])).unwrap_err().kind(), ErrorKind::ReadOnly);
+    }
+}
+
+#[test]
+fn an_entry_that_points_into_the_metadata_or_past_the_end_fails_the_read_only_there() {
+    for sector in [1u32, 127, 1 << 30] {
+        let mut files = image(Shape::Sparse);
+        // The tables begin in the sector behind the directory, at sector 22; the copy comes first.
+        let header = vmdk_parse::SparseHeader::decode(&files[0].1).unwrap();
+        let vmdk_parse::GdOffset::At(gd) = header.gd_offset else { panic!() };
+        let table = (gd.0 as usize + 1) * 512;
+        files[0].1[table..table + 4].copy_from_slice(&sector.to_le_bytes());
+        let memory = Memory::new(files, 0);
+        let disk = open(&memory).unwrap();
+        assert_eq!(run(read(&disk, &memory, 0, 512)).unwrap_err().kind(), ErrorKind::Corrupt, "sector {sector}");
+        assert!(run(read(&disk, &memory, 4096, 512)).is_ok());
+    }
+}
+
+#[test]
+fn a_delta_is_refused_by_the_name_of_its_parent() {
+    let mut files = image(Shape::Split);
+    let text = String::from_utf8(files[0].1.clone()).unwrap();
+    files[0].1 =
+        text.replace("parentCID=ffffffff", "parentCID=00000007\nparentFileNameHint=\"base.vmdk\"").into_bytes();
+    let (kind, text) = refused(files);
+    assert_eq!(kind, ErrorKind::Unsupported);
+    assert!(text.contains("base.vmdk"), "{text}");
+}
+
+#[test]
+fn the_wanted_format_overrules_what_the_bytes_look_like() {
+    let options = OpenOptions { format: Some(Format::Raw), ..OPTIONS };
+    let disk = open_with(&Memory::new(image(Shape::Sparse), 0), &options).unwrap();
+    assert_eq!(disk.info().format, Format::Raw);
+}
