@@ -1,0 +1,184 @@
+//! The files of an image: first opened one after the other, then a set that threads share.
+
+use std::cell::RefCell;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, RawFd};
+use std::path::Path;
+use std::sync::Arc;
+
+use vdisk_image::{FileId, FileIo, Files};
+
+use crate::buf::Buf;
+use crate::gate::Gate;
+use crate::host_file::HostFile;
+use crate::locks;
+
+/// How to open an image.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct OpenMode {
+    /// For writing. Files that the image names may still be opened read-only (parents).
+    pub writable: bool,
+    /// Follow whatever names the image has inside: out of its directory, through symbolic links, to block devices.
+    pub trust_paths: bool,
+    /// Go around the page cache where memory, offset and length are aligned for it.
+    pub direct_io: bool,
+}
+
+/// The opening stage: the image's own file and those that it names, so far. I/O blocks; futures are ready at once.
+#[derive(Debug)]
+pub struct HostFiles {
+    mode: OpenMode,
+    gate: Gate,
+    files: RefCell<Vec<HostFile>>,
+}
+
+impl HostFiles {
+    /// Opens and locks the image's own file: a regular file or a block device, whatever way the path takes.
+    ///
+    /// # Errors
+    ///
+    /// The host's; [`io::ErrorKind::InvalidInput`] for another kind of file, [`io::ErrorKind::ResourceBusy`] if
+    /// another process uses it in a way that excludes ours.
+    pub fn open(path: &Path, mode: OpenMode) -> io::Result<(Self, FileId)> {
+        let (gate, file) = Gate::open_image(path, mode.writable, mode.trust_paths)?;
+        let files = Self { mode, gate, files: RefCell::default() };
+        let file = HostFile::new(file, path.to_owned(), mode.writable, mode.direct_io)?;
+        let id = files.add(file)?;
+        Ok((files, id))
+    }
+
+    /// Ends the opening stage.
+    pub fn into_set(self) -> Arc<FileSet> {
+        Arc::new(FileSet { files: self.files.into_inner() })
+    }
+
+    /// Locks the file and takes it in.
+    fn add(&self, file: HostFile) -> io::Result<FileId> {
+        let mut files = self.files.borrow_mut();
+        if let Some(twin) = files.iter().find(|f| f.identity() == file.identity())
+            && (twin.is_writable() || file.is_writable())
+        {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("{} and {} are the same file", twin.path().display(), file.path().display()),
+            ));
+        }
+        locks::lock(&file)?;
+        let id = u32::try_from(files.len()).map_err(|_| io::Error::from(io::ErrorKind::QuotaExceeded))?;
+        files.push(file);
+        Ok(FileId(id))
+    }
+
+    fn with<T>(&self, file: FileId, f: impl FnOnce(&HostFile) -> io::Result<T>) -> io::Result<T> {
+        f(find(&self.files.borrow(), file)?)
+    }
+}
+
+impl Files for HostFiles {
+    fn open(&self, name: &str, writable: bool) -> io::Result<FileId> {
+        if writable && !self.mode.writable {
+            return Err(io::Error::new(
+                io::ErrorKind::PermissionDenied,
+                format!("{name:?}: for writing, in an image that is open read-only"),
+            ));
+        }
+        let (file, path) = self.gate.open_named(name, writable)?;
+        self.add(HostFile::new(file, path, writable, self.mode.direct_io)?)
+    }
+
+    fn len(&self, file: FileId) -> io::Result<u64> {
+        self.with(file, HostFile::len)
+    }
+
+    fn name(&self, file: FileId) -> String {
+        self.with(file, |f| Ok(f.path().display().to_string())).unwrap_or_else(|e| e.to_string())
+    }
+}
+
+impl FileIo for HostFiles {
+    type Buf = Buf;
+
+    buf_methods!();
+
+    async fn read_at(&self, file: FileId, buf: &Buf, part: Range<usize>, offset: u64) -> io::Result<()> {
+        self.with(file, |f| f.read_exact_at(buf, part, offset))
+    }
+
+    async fn write_at(&self, file: FileId, buf: &Buf, part: Range<usize>, offset: u64) -> io::Result<()> {
+        self.with(file, |f| f.write_all_at(buf, part, offset))
+    }
+
+    async fn sync_data(&self, file: FileId) -> io::Result<()> {
+        self.with(file, HostFile::sync_data)
+    }
+
+    async fn punch_hole(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
+        self.with(file, |f| f.punch_hole(offset, len))
+    }
+
+    async fn zero_range(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
+        self.with(file, |f| f.zero_range(offset, len))
+    }
+
+    async fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
+        self.with(file, |f| f.set_len(len))
+    }
+}
+
+/// The open files of an image, shared by the threads that serve it. Dropping the last handle closes them, which also
+/// gives up the locks.
+#[derive(Debug)]
+pub struct FileSet {
+    files: Vec<HostFile>,
+}
+
+impl FileSet {
+    /// A file of the set.
+    ///
+    /// # Panics
+    ///
+    /// If the set has no such file: the id came from elsewhere.
+    pub fn get(&self, file: FileId) -> &HostFile {
+        self.find(file).expect("a file of this set")
+    }
+
+    /// Every file, in the order of their ids (from 0 on): the image's own first.
+    pub fn iter(&self) -> impl Iterator<Item = (FileId, &HostFile)> {
+        (0..).map(FileId).zip(&self.files)
+    }
+
+    /// Bytes that the files take on the host, holes left out; a file that was opened twice counts once.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn host_space_used(&self) -> io::Result<u64> {
+        let first = |n: usize| self.files.iter().take(n).all(|f| f.identity() != self.files[n].identity());
+        (0..self.files.len()).filter(|n| first(*n)).map(|n| self.files[n].space_used()).sum()
+    }
+
+    /// What to register with a ring for [`crate::UringIo::with_fixed`]: `count` and the descriptors in the order of their
+    /// slots, for as many files as fit into `slots`. The buffered ones come first, then, if any file has one, as many
+    /// for direct I/O (a file without one repeats its buffered one). They stay open as long as the set lives.
+    pub fn fixed_fds(&self, slots: usize) -> (u32, Vec<RawFd>) {
+        let any_direct = self.files.iter().any(|f| f.direct_fd().is_some());
+        let count = self.files.len().min(if any_direct { slots / 2 } else { slots });
+        let files = &self.files[..count];
+        let buffered = files.iter().map(HostFile::buffered_fd);
+        let direct = files.iter().filter(|_| any_direct).map(|f| f.direct_fd().unwrap_or(f.buffered_fd()));
+        let fds = buffered.chain(direct).map(|fd| fd.as_raw_fd()).collect();
+        (u32::try_from(count).expect("a FileId is a u32"), fds)
+    }
+
+    pub(crate) fn find(&self, file: FileId) -> io::Result<&HostFile> {
+        find(&self.files, file)
+    }
+}
+
+fn find(files: &[HostFile], file: FileId) -> io::Result<&HostFile> {
+    usize::try_from(file.0)
+        .ok()
+        .and_then(|n| files.get(n))
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidInput, format!("{file:?} is no file of this image")))
+}

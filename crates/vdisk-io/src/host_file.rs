@@ -1,0 +1,223 @@
+//! One open file of the host and the blocking calls on it.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{FallocateFlags, fallocate};
+use nix::unistd::{Whence, lseek64};
+
+use crate::buf::Buf;
+use crate::direct::Direct;
+use crate::locks;
+use crate::transfer::{Direction, Piece, Transfer, check_range};
+
+/// An open regular file or block device. Its locks and descriptors go with it.
+///
+/// Every operation is whole or failed, blocks, and may run on any number of threads at once.
+#[derive(Debug)]
+pub struct HostFile {
+    buffered: File,
+    direct: Option<Direct>,
+    path: PathBuf,
+    writable: bool,
+    identity: Identity,
+}
+
+/// What makes two open files the same: device and inode, or the number of the block device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Identity {
+    Regular { dev: u64, ino: u64 },
+    BlockDevice { rdev: u64 },
+}
+
+impl HostFile {
+    /// Takes over a file that the gate let through.
+    pub(crate) fn new(buffered: File, path: PathBuf, writable: bool, direct_io: bool) -> io::Result<Self> {
+        let data = buffered.metadata()?;
+        let identity = if data.file_type().is_block_device() {
+            Identity::BlockDevice { rdev: data.rdev() }
+        } else {
+            Identity::Regular { dev: data.dev(), ino: data.ino() }
+        };
+        let direct = if direct_io { Direct::reopen(&buffered, &path, writable) } else { None };
+        Ok(Self { buffered, direct, path, writable, identity })
+    }
+
+    /// The path by which it was opened (for messages: it may have been renamed since).
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Whether it was opened for writing.
+    pub fn is_writable(&self) -> bool {
+        self.writable
+    }
+
+    /// The descriptor for I/O through the page cache; it carries the locks.
+    pub fn buffered_fd(&self) -> BorrowedFd<'_> {
+        self.buffered.as_fd()
+    }
+
+    /// The descriptor for I/O around the page cache, if that was wanted and the file system can.
+    pub fn direct_fd(&self) -> Option<BorrowedFd<'_>> {
+        self.direct.as_ref().map(Direct::fd)
+    }
+
+    pub(crate) fn identity(&self) -> Identity {
+        self.identity
+    }
+
+    /// Length in bytes.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn len(&self) -> io::Result<u64> {
+        match self.identity {
+            Identity::Regular { .. } => Ok(self.buffered.metadata()?.len()),
+            Identity::BlockDevice { .. } => Ok(lseek64(&self.buffered, 0, Whence::SeekEnd)?.cast_unsigned()),
+        }
+    }
+
+    /// Whether the length is 0.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn is_empty(&self) -> io::Result<bool> {
+        Ok(self.len()? == 0)
+    }
+
+    /// Bytes that the file takes on the host: what is allocated, holes left out. 0 for a block device.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn space_used(&self) -> io::Result<u64> {
+        // st_blocks counts 512 bytes whatever the block size: stat(3type).
+        Ok(self.buffered.metadata()?.blocks() * 512)
+    }
+
+    /// Reads into `part` of the buffer; see [`vdisk_image::FileIo::read_at`].
+    ///
+    /// # Errors
+    ///
+    /// The host's; [`io::ErrorKind::UnexpectedEof`] at the end of the file, [`io::ErrorKind::InvalidInput`] for a
+    /// range that no file has.
+    pub fn read_exact_at(&self, buf: &Buf, part: Range<usize>, offset: u64) -> io::Result<()> {
+        self.run(Transfer::new(Direction::Read, buf, part, offset)?)
+    }
+
+    /// Writes `part` of the buffer; see [`vdisk_image::FileIo::write_at`].
+    ///
+    /// # Errors
+    ///
+    /// The host's; [`io::ErrorKind::InvalidInput`] for a range that no file has.
+    pub fn write_all_at(&self, buf: &Buf, part: Range<usize>, offset: u64) -> io::Result<()> {
+        self.run(Transfer::new(Direction::Write, buf, part, offset)?)
+    }
+
+    /// Makes what was written durable, and the length: fdatasync(2), which is also what makes a block device empty its
+    /// write cache.
+    ///
+    /// # Errors
+    ///
+    /// The host's. A second call may then succeed although the data is lost (fsync(2), the note on errors).
+    pub fn sync_data(&self) -> io::Result<()> {
+        self.buffered.sync_data()
+    }
+
+    /// Frees the space; the range reads as zeroes: fallocate(2), `FALLOC_FL_PUNCH_HOLE`.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::Unsupported`] where the file system (or the block device, for this range) cannot.
+    pub fn punch_hole(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.fallocate(FallocateFlags::FALLOC_FL_PUNCH_HOLE, offset, len)
+    }
+
+    /// Zeroes the range, which stays allocated: fallocate(2), `FALLOC_FL_ZERO_RANGE`.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::Unsupported`] where the file system (or the block device, for this range) cannot.
+    pub fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)
+    }
+
+    /// Cuts or extends the file: ftruncate(2).
+    ///
+    /// # Errors
+    ///
+    /// The host's; a block device refuses.
+    pub fn set_len(&self, len: u64) -> io::Result<()> {
+        self.buffered.set_len(len)
+    }
+
+    /// The descriptor to use for a piece: the direct one if there is one and the piece is aligned as it wants.
+    pub(crate) fn is_direct(&self, piece: Piece) -> bool {
+        piece.may_be_direct && self.direct.as_ref().is_some_and(|d| d.accepts(piece))
+    }
+
+    /// The error of a failed fallocate(2).
+    pub(crate) fn fallocate_error(&self, errno: i32) -> io::Error {
+        let block_device = matches!(self.identity, Identity::BlockDevice { .. });
+        match errno {
+            libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV => io::ErrorKind::Unsupported.into(),
+            // blkdev_fallocate (block/fops.c) refuses what is not aligned to logical blocks.
+            libc::EINVAL if block_device => io::ErrorKind::Unsupported.into(),
+            _ => io::Error::from_raw_os_error(errno),
+        }
+    }
+
+    fn fallocate(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
+        check_range(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let how = how | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        loop {
+            match fallocate(&self.buffered, how, offset.cast_signed(), len.cast_signed()) {
+                Err(nix::errno::Errno::EINTR) => {}
+                answer => return answer.map_err(|e| self.fallocate_error(e as i32)),
+            }
+        }
+    }
+
+    fn run(&self, mut transfer: Transfer<'_>) -> io::Result<()> {
+        while let Some(piece) = transfer.next_piece() {
+            let direct = self.is_direct(piece);
+            let fd = self.direct_fd().filter(|_| direct).unwrap_or(self.buffered_fd());
+            transfer.advance(piece, direct, call(transfer.direction, fd, piece))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for HostFile {
+    fn drop(&mut self) {
+        locks::unlock(self.buffered.as_fd());
+    }
+}
+
+/// One pread(2) or pwrite(2): bytes, or an errno negated.
+fn call(direction: Direction, fd: BorrowedFd<'_>, piece: Piece) -> i64 {
+    let fd = fd.as_raw_fd();
+    let Piece { start, len, offset, .. } = piece;
+    // `Transfer::new` saw to it that the offset is below 2^63.
+    let (len, offset) = (len as usize, offset.cast_signed());
+    #[expect(unsafe_code, reason = "no reference to the memory of a buffer may exist: no slice to give to nix")]
+    // SAFETY: `len` bytes from `start` on lie inside the buffer (`Transfer::next_piece`), which is valid for reads and
+    // writes and is kept alive by the handle that the transfer borrows. `fd` is open: it is borrowed.
+    let answer = unsafe {
+        match direction {
+            Direction::Read => libc::pread64(fd, start.cast(), len, offset),
+            Direction::Write => libc::pwrite64(fd, start.cast_const().cast(), len, offset),
+        }
+    };
+    if answer < 0 { -i64::from(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)) } else { answer as i64 }
+}

@@ -1,0 +1,63 @@
+//! Positioned file I/O on the host's files: what [`vdisk_image::FileIo`] asks for, by blocking calls and by io_uring.
+//!
+//! [`HostFiles`] opens the files of an image, through a gate that keeps hostile names inside the image's directory, and
+//! locks them as qemu does. [`HostFiles::into_set`] ends the opening: any number of threads share the [`FileSet`], each
+//! with an engine of its own, [`BlockingIo`] or [`UringIo`] on some [`Ring`].
+//!
+//! The unsafe code of buffers and of what the kernel does with them lives here; see [`Buf`] and [`Ring`].
+
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::panic,
+        clippy::cast_possible_truncation,
+        clippy::cast_sign_loss,
+        reason = "a test that panics has failed, as it should"
+    )
+)]
+
+/// The methods of [`vdisk_image::FileIo`] about buffers, the same for every engine here.
+macro_rules! buf_methods {
+    () => {
+        fn alloc(&self, len: usize) -> Buf {
+            Buf::new(len)
+        }
+
+        fn copy_in(&self, buf: &Buf, at: usize, bytes: &[u8]) {
+            buf.copy_in(at, bytes);
+        }
+
+        fn copy_out(&self, buf: &Buf, at: usize, bytes: &mut [u8]) {
+            buf.copy_out(at, bytes);
+        }
+
+        fn fill_zero(&self, buf: &Buf, part: Range<usize>) {
+            buf.fill_zero(part);
+        }
+    };
+}
+
+mod blocking;
+mod buf;
+mod direct;
+mod files;
+mod gate;
+mod host_file;
+mod in_flight;
+mod locks;
+mod own_ring;
+mod transfer;
+mod turns;
+mod uring;
+
+#[cfg(test)]
+mod engine_tests;
+
+pub use blocking::{BlockingIo, block_on};
+pub use buf::{BUF_ALIGN, Buf};
+pub use files::{FileSet, HostFiles, OpenMode};
+pub use host_file::HostFile;
+pub use own_ring::OwnRing;
+pub use turns::Counts;
+pub use uring::{Ring, UringIo};
