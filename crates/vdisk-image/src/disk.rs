@@ -66,6 +66,7 @@ impl Disk {
     /// What failed, where. A failed read may have changed the buffer; a failed write may have changed its range.
     pub async fn serve<I: FileIo>(&self, io: &I, request: Request, buf: &I::Buf) -> Result<(), DiskError> {
         let (op, offset, len, flags) = (request.op(), request.offset(), request.len(), request.flags());
+        tracing::trace!(?op, offset, len, fua = flags.fua, no_unmap = flags.no_unmap, "request");
         if len == 0 && op != Op::Flush {
             return if flags.fua && !self.geometry.read_only { self.flush(io).await } else { Ok(()) };
         }

@@ -1,0 +1,180 @@
+//! Opening an image on the host's files.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use vdisk_image::{Disk, DiskError, ErrorKind, FileIo, Flags, Geometry, Op, OpenOptions, Request};
+use vdisk_io::{BlockingIo, FileSet, HostFiles, OpenMode, block_on};
+
+use crate::failure::{Failure, Result, chain};
+use crate::options::{DirectIo, ImageOptions, Zeroout};
+
+/// An image that is open and locked.
+pub(crate) struct Opened {
+    pub(crate) files: Arc<FileSet>,
+    pub(crate) disk: Arc<Disk>,
+}
+
+impl Opened {
+    /// Opens an image as the options say. `direct` is what `--direct-io auto` means here.
+    pub(crate) fn open(options: &ImageOptions, direct: bool) -> Result<Self, OpenFailure> {
+        let direct_io = match options.direct_io {
+            DirectIo::Auto => direct,
+            DirectIo::On => true,
+            DirectIo::Off => false,
+        };
+        #[allow(clippy::needless_update, reason = "what else there may be keeps its default")]
+        let mode = OpenMode {
+            writable: !options.read_only,
+            trust_paths: options.trust_paths,
+            direct_io,
+            ..OpenMode::default()
+        };
+        let disk_options = OpenOptions {
+            read_only: options.read_only,
+            format: options.format.wanted(),
+            cache_bytes: options.cache_size,
+            zeroout_unmaps: options.zeroout == Zeroout::Unmap,
+            new_content_id: random(),
+        };
+        let opened = Self::open_with(&options.image, mode, &disk_options)?;
+        let refused = opened.files.iter().find(|(_, file)| file.direct_fd().is_none());
+        match refused.filter(|_| options.direct_io == DirectIo::On) {
+            Some((_, file)) => {
+                let plain = Failure::new(format!("no direct I/O on {}", file.path().display()));
+                Err(OpenFailure { plain, busy: false, hint: Some("use --direct-io auto") })
+            }
+            None => Ok(opened),
+        }
+    }
+
+    pub(crate) fn open_with(path: &Path, mode: OpenMode, options: &OpenOptions) -> Result<Self, OpenFailure> {
+        let (files, id) = HostFiles::open(path, mode).map_err(|e| OpenFailure::host(path, e))?;
+        let disk = block_on(Disk::open(&files, id, options)).map_err(|e| OpenFailure::disk(path, &e))?;
+        Ok(Self { files: files.into_set(), disk: Arc::new(disk) })
+    }
+
+    pub(crate) fn geometry(&self) -> Geometry {
+        *self.disk.geometry()
+    }
+
+    /// Flushes only, for requests may still be under way: the image is not called clean.
+    pub(crate) fn flush(&self) -> Result<()> {
+        let io = BlockingIo::new(Arc::clone(&self.files));
+        let flush = Request::check(self.disk.geometry(), Op::Flush, 0, 0, Flags::default());
+        let flushed = flush.and_then(|flush| block_on(self.disk.serve(&io, flush, &io.alloc(512))));
+        flushed.map_err(|e| Failure::doing("flush", &e))
+    }
+
+    /// Flushes, and marks the image clean. Nobody may use the disk any more.
+    pub(crate) fn close(&self) -> Result<()> {
+        let io = BlockingIo::new(Arc::clone(&self.files));
+        block_on(self.disk.close(&io)).map_err(|e| Failure::doing("close", &e))
+    }
+}
+
+/// Where an image really is.
+pub(crate) fn real_path(path: &Path) -> Result<PathBuf> {
+    fs::canonicalize(path).map_err(|e| OpenFailure::host(path, e).hinted())
+}
+
+fn random() -> u32 {
+    let mut bytes = [0; 4];
+    match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
+        Ok(_) => u32::from_ne_bytes(bytes),
+        // It is to differ from other images' only.
+        Err(_) => std::process::id(),
+    }
+}
+
+/// Why an image was not opened.
+#[derive(Debug)]
+pub(crate) struct OpenFailure {
+    pub(crate) plain: Failure,
+    /// Somebody else has it open.
+    pub(crate) busy: bool,
+    hint: Option<&'static str>,
+}
+
+impl OpenFailure {
+    fn host(path: &Path, e: io::Error) -> Self {
+        let text = chain(&e);
+        Self::new(path, &text, DiskError::host("", e).kind())
+    }
+
+    fn disk(path: &Path, e: &DiskError) -> Self {
+        Self::new(path, &chain(e), e.kind())
+    }
+
+    fn new(path: &Path, text: &str, kind: ErrorKind) -> Self {
+        // The line names the image at its beginning already.
+        let name = path.display().to_string();
+        let rest = text.strip_prefix(&name).and_then(|rest| rest.strip_prefix(": ").or(rest.strip_prefix(' ')));
+        let text = rest.unwrap_or(text);
+        Self { plain: Failure::new(text), busy: kind == ErrorKind::Busy, hint: hint(kind, text) }
+    }
+
+    /// With what to do about it.
+    pub(crate) fn hinted(self) -> Failure {
+        match self.hint {
+            Some(hint) => self.plain.hint(hint),
+            None => self.plain,
+        }
+    }
+}
+
+impl From<OpenFailure> for Failure {
+    fn from(failure: OpenFailure) -> Self {
+        failure.hinted()
+    }
+}
+
+fn hint(kind: ErrorKind, text: &str) -> Option<&'static str> {
+    // What says itself what to do.
+    if text.contains("--") || text.contains("convert") {
+        return None;
+    }
+    match kind {
+        ErrorKind::NotAnImage => Some("vdisk serves VMDK and raw images; qemu-img convert makes one of others"),
+        ErrorKind::Unsupported => Some("qemu-img convert -O vmdk may make one that is"),
+        ErrorKind::Corrupt => Some("restore it from a copy"),
+        ErrorKind::NotFound => Some("check the name, and that every file of the image is in its directory"),
+        ErrorKind::PermissionDenied => Some("run vdisk as a user who may, or try --read-only"),
+        ErrorKind::Busy => Some("end the other process, or open both with --read-only"),
+        ErrorKind::ReadOnly => Some("use --read-only"),
+        ErrorKind::NoSpace => Some("make room on the file system"),
+        ErrorKind::HostIo if text.ends_with("is a directory") => Some("name the image file in it"),
+        ErrorKind::HostIo | ErrorKind::OutOfRange | ErrorKind::InvalidRequest | ErrorKind::Poisoned => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn text(path: &str, e: io::Error) -> String {
+        OpenFailure::host(Path::new(path), e).hinted().to_string()
+    }
+
+    #[test]
+    fn the_images_own_name_is_not_repeated() {
+        let e = io::Error::new(io::ErrorKind::NotFound, "d.vmdk: No such file or directory (os error 2)");
+        assert!(text("d.vmdk", e).starts_with("No such file or directory (check the name"));
+        let e = io::Error::new(io::ErrorKind::InvalidInput, "dir is a directory");
+        assert_eq!(text("dir", e), "is a directory (name the image file in it)");
+    }
+
+    #[test]
+    fn another_files_name_stays() {
+        let e = io::Error::new(io::ErrorKind::NotFound, "\"d-s002.vmdk\": No such file or directory");
+        assert!(text("d.vmdk", e).starts_with("\"d-s002.vmdk\": No such file"));
+    }
+
+    #[test]
+    fn what_says_itself_what_to_do_gets_no_second_hint() {
+        let e = io::Error::new(io::ErrorKind::PermissionDenied, "\"../x\" leaves the directory; --trust-paths follows");
+        assert_eq!(text("d.vmdk", e), "\"../x\" leaves the directory; --trust-paths follows");
+    }
+}

@@ -1,0 +1,67 @@
+//! Options that several verbs have.
+
+use std::path::PathBuf;
+
+use clap::ValueEnum;
+use vdisk_image::Format;
+
+use crate::size;
+
+/// Which image, and how to open it.
+#[derive(Debug, clap::Args)]
+pub(crate) struct ImageOptions {
+    /// The image: a VMDK (its descriptor, or its only file) or a raw disk
+    pub(crate) image: PathBuf,
+    /// Refuse every change
+    #[arg(short, long)]
+    pub(crate) read_only: bool,
+    /// Memory for grains that were decompressed or are being collected
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = size::parse_usize)]
+    pub(crate) cache_size: usize,
+    /// What the image is (auto: by its first bytes)
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = FormatChoice::Auto)]
+    pub(crate) format: FormatChoice,
+    /// Go around the host's page cache (auto: yes for attach where the file can, no for serve)
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t = DirectIo::Auto)]
+    pub(crate) direct_io: DirectIo,
+    /// What write zeroes does when asked to keep the space: obey, or free it all the same
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = Zeroout::Keep)]
+    pub(crate) zeroout: Zeroout,
+    /// Follow extent and parent names that leave the image's directory
+    #[arg(long)]
+    pub(crate) trust_paths: bool,
+}
+
+/// `--format`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum FormatChoice {
+    Auto,
+    Raw,
+    Vmdk,
+}
+
+impl FormatChoice {
+    /// `None`: find out.
+    pub(crate) fn wanted(self) -> Option<Format> {
+        match self {
+            Self::Auto => None,
+            Self::Raw => Some(Format::Raw),
+            Self::Vmdk => Some(Format::Vmdk),
+        }
+    }
+}
+
+/// `--direct-io`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum DirectIo {
+    Auto,
+    On,
+    Off,
+}
+
+/// `--zeroout`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Zeroout {
+    Keep,
+    Unmap,
+}

@@ -1,0 +1,84 @@
+//! How a serving process tells the command that waits for it that the device is there, or why not.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use serde::{Deserialize, Serialize};
+
+use crate::failure::{Exit, Failure};
+
+/// One line of JSON over the pipe that is the background process's stdout.
+#[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) enum Report {
+    Ready { device: PathBuf, notices: Vec<String> },
+    Failed { no_transport: bool, text: String },
+}
+
+/// The serving process's end.
+pub(crate) struct Reporter {
+    background: bool,
+    notices: Vec<String>,
+    reported: bool,
+}
+
+impl Reporter {
+    pub(crate) fn new(background: bool) -> Self {
+        Self { background, notices: Vec::new(), reported: false }
+    }
+
+    /// Something that the user should know once the device is there. A failure is told alone.
+    pub(crate) fn notice(&mut self, text: String) {
+        if self.background {
+            tracing::warn!("{text}");
+        }
+        self.notices.push(text);
+    }
+
+    /// Whether a command waits for the report, and the log is the only other place for words.
+    pub(crate) fn is_background(&self) -> bool {
+        self.background
+    }
+
+    /// Whether the device was reported.
+    pub(crate) fn is_done(&self) -> bool {
+        self.reported
+    }
+
+    /// The device can be used.
+    ///
+    /// # Errors
+    ///
+    /// Nobody is waiting any more.
+    pub(crate) fn ready(&mut self, device: &Path) -> io::Result<()> {
+        if self.background {
+            self.send(&Report::Ready { device: device.to_owned(), notices: self.notices.clone() })?;
+        } else {
+            for text in &self.notices {
+                crate::notice(text);
+            }
+            writeln!(io::stdout(), "{}", device.display())?;
+            crate::service::tell_ready();
+        }
+        self.reported = true;
+        Ok(())
+    }
+
+    /// The device could not be made: to be told by the waiting command. In the foreground, `main` tells it.
+    pub(crate) fn failed(&mut self, failure: &Failure) -> io::Result<()> {
+        let (no_transport, text) = (failure.exit == Exit::NoTransport, failure.to_string());
+        if !self.background {
+            return Ok(());
+        }
+        self.send(&Report::Failed { no_transport, text })
+    }
+
+    fn send(&self, report: &Report) -> io::Result<()> {
+        let mut line = serde_json::to_vec(report)?;
+        line.push(b'\n');
+        let mut pipe = io::stdout();
+        pipe.write_all(&line).and_then(|()| pipe.flush())?;
+        // The pipe ends here, for the command to see.
+        let null = std::fs::OpenOptions::new().write(true).open("/dev/null")?;
+        Ok(rustix::stdio::dup2_stdout(null)?)
+    }
+}

@@ -1,0 +1,46 @@
+//! The ublk transport: `/dev/ublkbN`.
+
+use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::failure::{Failure, Result, chain};
+use crate::open::Opened;
+use crate::signals::Stop;
+use crate::state::State;
+use crate::transport::{DeviceOptions, OnReady, ServeFailure};
+
+/// How long the driver may take to notice that a server is dead.
+const NOTICING: Duration = Duration::from_secs(10);
+
+/// Why not, if not.
+pub(crate) fn available() -> Result<(), String> {
+    vdisk_ublk::available().map(drop).map_err(|e| chain(&e))
+}
+
+pub(crate) fn serve(image: &Opened, options: DeviceOptions, ready: OnReady, stop: &Stop) -> Result<(), ServeFailure> {
+    let device_stop = vdisk_ublk::Stop::new();
+    let armed = device_stop.clone();
+    stop.arm(move || armed.trigger());
+    let options = vdisk_ublk::Options { queues: options.queues, depth: options.depth, ..Default::default() };
+    let (disk, files) = (Arc::clone(&image.disk), Arc::clone(&image.files));
+    vdisk_ublk::serve(disk, files, &options, |device| ready(&device.path, Vec::new()), device_stop).map_err(|e| {
+        use vdisk_ublk::Error::{Queue, Thread, TimedOut};
+        let device_may_live = matches!(e, TimedOut { .. } | Queue { .. } | Thread(_));
+        ServeFailure { failure: Failure::from_error(&e), device_may_live }
+    })
+}
+
+/// Removes the device of a dead server, unless somebody else has it by now.
+pub(crate) fn remove(id: u32, state: &State) -> Result<()> {
+    let deadline = Instant::now() + NOTICING;
+    loop {
+        match vdisk_ublk::delete(id) {
+            // Without the driver there is no device either.
+            Ok(()) | Err(vdisk_ublk::Error::Unavailable(vdisk_ublk::Unavailable::NoDriver)) => return Ok(()),
+            Err(vdisk_ublk::Error::Served { pid, .. }) if u32::try_from(pid) != Ok(state.pid) => return Ok(()),
+            Err(vdisk_ublk::Error::Served { .. }) if Instant::now() < deadline => thread::sleep(NOTICING / 50),
+            Err(e) => return Err(Failure::from_error(&e)),
+        }
+    }
+}

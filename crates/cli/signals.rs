@@ -1,0 +1,100 @@
+//! SIGTERM and SIGINT end a server in an orderly way; other signals that a terminal sends are ignored.
+
+use std::io;
+use std::mem;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread;
+
+use nix::sys::signal::{SigSet, Signal};
+
+/// The signals are held back from all threads that are started from here on.
+pub(crate) struct Held(SigSet);
+
+/// Holds the signals back. To be called before there are other threads. (SIGPIPE is ignored by every Rust program.)
+pub(crate) fn hold() -> nix::Result<Held> {
+    let ending = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
+    let mut held = ending;
+    held.add(Signal::SIGHUP);
+    held.thread_block()?;
+    Ok(Held(ending))
+}
+
+impl Held {
+    /// Calls `stop` at the first SIGTERM or SIGINT, also at one that came before. Later ones are ignored.
+    pub(crate) fn on_end(self, stop: impl FnOnce() + Send + 'static) -> io::Result<()> {
+        let wait = move || match self.0.wait() {
+            Ok(signal) => {
+                tracing::info!("{signal}: draining");
+                stop();
+            }
+            Err(e) => tracing::error!("waiting for signals: {e}"),
+        };
+        thread::Builder::new().name("signals".to_owned()).spawn(wait).map(drop)
+    }
+}
+
+/// The signal to stop, whatever the transport understands by it. Clones give the same one.
+#[derive(Clone, Default)]
+pub(crate) struct Stop(Arc<Mutex<Stage>>);
+
+#[derive(Default)]
+enum Stage {
+    #[default]
+    Waiting,
+    Armed(Box<dyn FnOnce() + Send>),
+    Given,
+}
+
+impl Stop {
+    /// Gives the signal; again is nothing.
+    pub(crate) fn give(&self) {
+        let before = mem::replace(&mut *self.stage(), Stage::Given);
+        if let Stage::Armed(action) = before {
+            action();
+        }
+    }
+
+    /// What is to be done at the signal; at once if it was given already.
+    pub(crate) fn arm(&self, action: impl FnOnce() + Send + 'static) {
+        let mut stage = self.stage();
+        if let Stage::Given = *stage {
+            drop(stage);
+            action();
+        } else {
+            *stage = Stage::Armed(Box::new(action));
+        }
+    }
+
+    pub(crate) fn is_given(&self) -> bool {
+        matches!(*self.stage(), Stage::Given)
+    }
+
+    fn stage(&self) -> MutexGuard<'_, Stage> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    #[test]
+    fn a_stop_acts_once_whether_it_was_armed_before_or_after() {
+        let count = Arc::new(AtomicU32::new(0));
+        let act = |count: &Arc<AtomicU32>| {
+            let count = Arc::clone(count);
+            move || {
+                count.fetch_add(1, Ordering::SeqCst);
+            }
+        };
+        let stop = Stop::default();
+        stop.arm(act(&count));
+        assert_eq!((count.load(Ordering::SeqCst), stop.is_given()), (0, false));
+        stop.give();
+        stop.give();
+        assert_eq!((count.load(Ordering::SeqCst), stop.is_given()), (1, true));
+        stop.arm(act(&count));
+        assert_eq!(count.load(Ordering::SeqCst), 2);
+    }
+}

@@ -1,0 +1,145 @@
+//! Which way to the kernel: the only place that knows all transports.
+
+use std::path::Path;
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::failure::{Failure, Result};
+use crate::open::Opened;
+use crate::signals::Stop;
+use crate::state::State;
+use crate::{attach_nbd, modules, serve_ublk};
+
+/// What makes the block device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub(crate) enum Transport {
+    Ublk,
+    Nbd,
+}
+
+/// `--transport`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Choice {
+    Auto,
+    Ublk,
+    Nbd,
+}
+
+/// How to make the device.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct DeviceOptions {
+    pub(crate) queues: Option<u16>,
+    pub(crate) depth: Option<u16>,
+}
+
+/// Called once the device can be used, with what else there is to say.
+pub(crate) type OnReady = Box<dyn FnOnce(&Path, Vec<String>) + Send>;
+
+/// Why a device was not made, or ended before it was stopped.
+pub(crate) struct ServeFailure {
+    pub(crate) failure: Failure,
+    /// The kernel may still send requests.
+    pub(crate) device_may_live: bool,
+}
+
+impl Transport {
+    /// In the order in which they are tried.
+    const ALL: [Self; 2] = [Self::Ublk, Self::Nbd];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Ublk => "ublk",
+            Self::Nbd => "nbd",
+        }
+    }
+
+    /// Picks a transport that this kernel has, loading its module if need be. The text says why it is not the first.
+    pub(crate) fn choose(choice: Choice) -> Result<(Self, Option<String>)> {
+        let wanted = match choice {
+            Choice::Auto => &Self::ALL[..],
+            Choice::Ublk => &[Self::Ublk],
+            Choice::Nbd => &[Self::Nbd],
+        };
+        first_available(wanted, Self::prepare)
+    }
+
+    fn prepare(self) -> Result<(), String> {
+        modules::load_for(self);
+        match self {
+            Self::Ublk => serve_ublk::available(),
+            Self::Nbd => attach_nbd::available(),
+        }
+    }
+
+    /// Serves until `stop` is given. On return the device is gone, unless the failure says otherwise.
+    pub(crate) fn serve(
+        self,
+        image: &Opened,
+        real_path: &str,
+        options: DeviceOptions,
+        ready: OnReady,
+        stop: &Stop,
+    ) -> Result<(), ServeFailure> {
+        match self {
+            Self::Ublk => serve_ublk::serve(image, options, ready, stop),
+            Self::Nbd => attach_nbd::serve(image, real_path, options, ready, stop),
+        }
+    }
+
+    /// Removes a device whose serving process has died. That there is none is no error.
+    pub(crate) fn remove(self, state: &State) -> Result<()> {
+        let device_name = state.device_name();
+        let number = device_name.trim_start_matches(|c: char| !c.is_ascii_digit()).parse();
+        let number = number.map_err(|_| Failure::new(format!("{device_name} is not a device of {}", self.name())))?;
+        match self {
+            Self::Ublk => serve_ublk::remove(number, state),
+            Self::Nbd => attach_nbd::remove(number, state),
+        }
+    }
+}
+
+fn first_available(
+    wanted: &[Transport],
+    prepare: impl Fn(Transport) -> Result<(), String>,
+) -> Result<(Transport, Option<String>)> {
+    let mut reasons = Vec::new();
+    for &transport in wanted {
+        match prepare(transport) {
+            Ok(()) if reasons.is_empty() => return Ok((transport, None)),
+            Ok(()) => return Ok((transport, Some(format!("{}: using {}", reasons.join(", "), transport.name())))),
+            Err(reason) => reasons.push(format!("no {} in this kernel ({reason})", transport.name())),
+        }
+    }
+    Err(Failure::no_transport(reasons.join(", "))
+        .hint("vdisk serve needs no kernel support, any NBD client can use it"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::failure::Exit;
+
+    #[test]
+    fn the_first_transport_needs_no_words() {
+        assert_eq!(first_available(&Transport::ALL, |_| Ok(())).unwrap(), (Transport::Ublk, None));
+    }
+
+    #[test]
+    fn the_second_transport_is_taken_and_says_why() {
+        let prepare = |t| if t == Transport::Ublk { Err("no module".to_owned()) } else { Ok(()) };
+        let (transport, notice) = first_available(&Transport::ALL, prepare).unwrap();
+        assert_eq!(transport, Transport::Nbd);
+        assert_eq!(notice.unwrap(), "no ublk in this kernel (no module): using nbd");
+    }
+
+    #[test]
+    fn no_transport_is_told_with_every_reason() {
+        let failure = first_available(&Transport::ALL, |t| Err(format!("r-{}", t.name()))).unwrap_err();
+        assert_eq!(failure.exit, Exit::NoTransport);
+        let text = failure.to_string();
+        assert!(text.contains("no ublk in this kernel (r-ublk), no nbd in this kernel (r-nbd)"), "{text}");
+        assert!(text.contains("vdisk serve"), "{text}");
+    }
+}

@@ -1,0 +1,196 @@
+//! Serving a disk as a device: what the outside sees of it.
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use vdisk_image::Disk;
+use vdisk_io::FileSet;
+
+use crate::error::Error;
+use crate::features::available;
+use crate::server::{Event, Plan};
+use crate::stop::Stop;
+use crate::{control, node, run_dir};
+
+/// How to serve. What is `None` is chosen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Options {
+    /// Queues, one thread each; as many as there are processors, but at most 4. More than there are processors are cut
+    /// down by the driver.
+    pub queues: Option<u16>,
+    /// Requests under way in one queue, 1 to 4096; 64.
+    pub depth: Option<u16>,
+    /// Longest request in bytes, a multiple of 4096 up to 32 MiB; 512 KiB. Each of the `queues * depth` requests has a
+    /// buffer of this size.
+    pub io_buf_bytes: Option<u32>,
+}
+
+/// A device that is there and answers.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Device {
+    /// Its number: the N of `/dev/ublkbN`.
+    pub id: u32,
+    /// The block device.
+    pub path: PathBuf,
+    /// The block devices of its partitions, as the kernel found them.
+    pub partitions: Vec<PathBuf>,
+}
+
+/// How long the driver may take to add a device. Linux 6.17 on some clouds never comes back.
+const ADD: Duration = Duration::from_secs(30);
+/// How long it may take to start one, in which it reads the partition table.
+const START: Duration = Duration::from_secs(120);
+/// How long a device that failed may take to end.
+const END: Duration = Duration::from_secs(10);
+
+/// Serves `disk` as a block device until it is stopped, by `stop` or by another process.
+///
+/// `ready` is called once, on the calling thread, when the device and its partitions exist and answer; not at all if it is
+/// stopped before. `files` are those
+/// of the disk's image. Needs root. The caller flushes and closes the disk afterwards: nothing of it is held here then.
+///
+/// The process must not share a mount namespace that dies with it with users of the device (its end would unmount a file
+/// system whose last writes it has to serve).
+///
+/// # Errors
+///
+/// Whatever kept the device from being made, or ended it before it was stopped. The device is deleted in any case, unless
+/// the driver does not answer ([`Error::TimedOut`]): then the process should end, and [`crate::delete`] be called by another.
+pub fn serve(
+    disk: Arc<Disk>,
+    files: Arc<FileSet>,
+    options: &Options,
+    ready: impl FnOnce(&Device),
+    stop: Stop,
+) -> Result<(), Error> {
+    let (queues, depth, io_buf_bytes) = options.resolve()?;
+    available()?;
+    run_dir::prepare().map_err(|source| Error::RunDir { source })?;
+
+    let (tell, events) = mpsc::channel();
+    let plan = Plan { disk, files, queues, depth, io_buf_bytes, stop: stop.clone() };
+    thread::Builder::new().name("ublk-control".to_owned()).spawn(move || plan.run(tell)).map_err(Error::Thread)?;
+
+    let id = match next(&events, ADD, "ADD_DEV")? {
+        Event::Added(id) => id,
+        Event::Fault(e) => return Err(e),
+        Event::Ended(result) => return result,
+        Event::Live => return Err(ended_early()),
+    };
+    match next(&events, START, "START_DEV") {
+        Ok(Event::Live) => {}
+        Ok(Event::Ended(result)) => return result,
+        Ok(Event::Fault(e)) | Err(e) => {
+            wake_start(id);
+            return Err(abandon(id, &stop, &events, e));
+        }
+        Ok(Event::Added(_)) => return Err(abandon(id, &stop, &events, ended_early())),
+    }
+    if !stop.is_triggered() {
+        ready(&Device { id, path: node::path(id), partitions: node::partitions(id) });
+    }
+    match events.recv() {
+        Ok(Event::Ended(result)) => result,
+        Ok(Event::Fault(e)) => Err(abandon(id, &stop, &events, e)),
+        Ok(Event::Added(_) | Event::Live) | Err(_) => Err(abandon(id, &stop, &events, ended_early())),
+    }
+}
+
+impl Options {
+    fn resolve(&self) -> Result<(u16, u16, u32), Error> {
+        let processors = thread::available_parallelism().map_or(1, usize::from);
+        let queues = self.queues.unwrap_or_else(|| u16::try_from(processors.min(4)).unwrap_or(1));
+        let depth = self.depth.unwrap_or(64);
+        let io_buf_bytes = self.io_buf_bytes.unwrap_or(512 << 10);
+        if queues == 0 {
+            return Err(Error::Option("a device has at least one queue".to_owned()));
+        }
+        if !(1..=4096).contains(&depth) {
+            return Err(Error::Option(format!("depth {depth}: a queue has 1 to 4096 tags")));
+        }
+        if !(4096..=32 << 20).contains(&io_buf_bytes) || !io_buf_bytes.is_multiple_of(4096) {
+            return Err(Error::Option(format!(
+                "requests of {io_buf_bytes} bytes: not a multiple of 4096 from 4 KiB to 32 MiB"
+            )));
+        }
+        Ok((queues, depth, io_buf_bytes))
+    }
+}
+
+fn next(events: &Receiver<Event>, limit: Duration, what: &'static str) -> Result<Event, Error> {
+    events.recv_timeout(limit).map_err(|e| match e {
+        RecvTimeoutError::Timeout => Error::TimedOut { what, seconds: limit.as_secs() },
+        RecvTimeoutError::Disconnected => ended_early(),
+    })
+}
+
+fn ended_early() -> Error {
+    Error::Thread(std::io::Error::other("the control thread ended early"))
+}
+
+/// Stops a device while the control thread waits for it to start, which it never may: for a queue that nobody serves.
+/// From a thread of its own, for the stop may hang too.
+fn wake_start(id: u32) {
+    thread::spawn(move || {
+        if let Err(e) = control::stop_anyway(id) {
+            tracing::error!(device = id, "{e}");
+        }
+    });
+}
+
+/// Ends a device that failed, in bounded time, and gives back why it did.
+fn abandon(id: u32, stop: &Stop, events: &Receiver<Event>, why: Error) -> Error {
+    tracing::error!(device = id, "{why}: stopping the device");
+    stop.trigger();
+    let deadline = Instant::now() + END;
+    loop {
+        match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(Event::Ended(_)) => return why,
+            Ok(_) => {}
+            Err(_) => break,
+        }
+    }
+    // Deleted when this process has ended, at the latest.
+    let (tell, told) = mpsc::channel();
+    thread::spawn(move || tell.send(control::delete_anyway(id)));
+    if let Ok(Err(e)) = told.recv_timeout(END / 5) {
+        tracing::error!(device = id, "{e}");
+    }
+    why
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn options_have_defaults_and_limits() {
+        let (queues, depth, bytes) = Options::default().resolve().unwrap();
+        assert!((1..=4).contains(&queues));
+        assert_eq!((depth, bytes), (64, 512 << 10));
+        let bad = [
+            Options { queues: Some(0), ..Options::default() },
+            Options { depth: Some(0), ..Options::default() },
+            Options { depth: Some(4097), ..Options::default() },
+            Options { io_buf_bytes: Some(4095), ..Options::default() },
+            Options { io_buf_bytes: Some(4097), ..Options::default() },
+            Options { io_buf_bytes: Some((32 << 20) + 4096), ..Options::default() },
+        ];
+        for options in bad {
+            assert!(matches!(options.resolve(), Err(Error::Option(_))), "{options:?}");
+        }
+        let good = Options { queues: Some(1), depth: Some(4096), io_buf_bytes: Some(32 << 20) };
+        assert_eq!(good.resolve().unwrap(), (1, 4096, 32 << 20));
+    }
+
+    #[test]
+    fn a_driver_that_does_not_answer_is_reported() {
+        let (_tell, events) = mpsc::channel();
+        let e = next(&events, Duration::ZERO, "ADD_DEV").err().unwrap();
+        assert_eq!(e.to_string(), "ublk ADD_DEV: no answer within 0 s");
+    }
+}

@@ -1,0 +1,76 @@
+//! Whether there is ublk here, and what it can do.
+
+use std::fs::OpenOptions;
+use std::io;
+
+use io_uring::IoUring;
+use libublk::ctrl::UblkCtrl;
+
+const CONTROL: &str = "/dev/ublk-control";
+
+/// What the driver can do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Features(u64);
+
+impl Features {
+    /// The driver's answer to `UBLK_U_CMD_GET_FEATURES`: the `UBLK_F_*` bits of include/uapi/linux/ublk_cmd.h.
+    pub fn bits(self) -> u64 {
+        self.0
+    }
+}
+
+/// Why there is no ublk, and what to do about it.
+#[derive(Debug, thiserror::Error)]
+pub enum Unavailable {
+    /// The driver's control device does not exist.
+    #[error(
+        "no {CONTROL}: load the driver with \"modprobe ublk_drv\" (Linux 6.5 or later, CONFIG_BLK_DEV_UBLK; some \
+         distributions keep it in a package of extra modules)"
+    )]
+    NoDriver,
+    /// The control device cannot be opened.
+    #[error("open {CONTROL}: {0}: run as root (and let a container have the device)")]
+    NoAccess(#[source] io::Error),
+    /// io_uring is forbidden or missing.
+    #[error("io_uring: {0}: set the sysctl kernel.io_uring_disabled to 0, or lift the container's seccomp filter")]
+    NoUring(#[source] io::Error),
+    /// The driver does not say what it can do.
+    #[error("the ublk driver does not tell its features: Linux 6.5 or later is needed")]
+    TooOld,
+}
+
+/// Asks whether ublk can be used by this process, without making a device.
+///
+/// The driver is a module on most systems. It is not loaded here.
+///
+/// # Errors
+///
+/// The first of the causes above that holds.
+pub fn available() -> Result<Features, Unavailable> {
+    OpenOptions::new().read(true).write(true).open(CONTROL).map_err(|e| match e.raw_os_error() {
+        // No node, or a node without a driver.
+        Some(libc::ENOENT | libc::ENXIO | libc::ENODEV) => Unavailable::NoDriver,
+        _ => Unavailable::NoAccess(e),
+    })?;
+    IoUring::new(2).map_err(Unavailable::NoUring)?;
+    UblkCtrl::get_features().map(Features).ok_or(Unavailable::TooOld)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn says_what_to_do() {
+        assert!(Unavailable::NoDriver.to_string().contains("modprobe ublk_drv"));
+        let e = io::Error::from_raw_os_error(libc::EPERM);
+        assert!(Unavailable::NoUring(e).to_string().contains("io_uring_disabled"));
+    }
+
+    #[test]
+    fn without_a_control_device_there_is_no_driver() {
+        if !std::path::Path::new(CONTROL).exists() {
+            assert!(matches!(available(), Err(Unavailable::NoDriver)));
+        }
+    }
+}

@@ -1,0 +1,35 @@
+//! Serves a disk as a Linux block device, `/dev/ublkbN`, through the ublk driver. The only home of libublk.
+//!
+//! [`available`] says whether this kernel can; [`serve`] makes the device and serves it until a [`Stop`] is triggered or
+//! somebody else stops the device; [`delete`] and [`status`] look after devices whose server died.
+//!
+//! Data is copied between the kernel and a buffer of this process for each request (no zero copy yet), which every kernel
+//! since 6.5 can do. One thread for each queue, one task for each tag, the image's own I/O on the same ring as the ublk
+//! commands. What the driver does is described in the kernel's Documentation/block/ublk.rst and
+//! include/uapi/linux/ublk_cmd.h.
+
+#![warn(missing_docs)]
+
+mod control;
+mod device;
+mod errno;
+mod error;
+mod executor;
+mod features;
+mod kick;
+mod node;
+mod params;
+mod queue;
+mod ring;
+mod run_dir;
+mod server;
+mod stop;
+mod threads;
+
+pub use control::{State, Status, delete, is_busy, status};
+pub use device::{Device, Options, serve};
+pub use errno::errno;
+pub use error::Error;
+pub use features::{Features, Unavailable, available};
+pub use node::partitions;
+pub use stop::Stop;

@@ -1,0 +1,109 @@
+//! How a device is stopped by another thread of its server.
+
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+/// A handle by which another thread (one that waits for signals) stops the device that [`crate::serve`] serves.
+///
+/// Clones are handles to the same device. One handle serves for one call of [`crate::serve`].
+#[derive(Clone, Debug, Default)]
+pub struct Stop(Arc<Inner>);
+
+#[derive(Debug, Default)]
+struct Inner {
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    requested: bool,
+    queues: usize,
+}
+
+impl Stop {
+    /// A handle that was not triggered.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Stops the device, after which [`crate::serve`] returns; before the device is there, as soon as it is. Returns at
+    /// once and cannot fail. Not for a signal handler.
+    ///
+    /// Requests under way are finished. A mounted file system is written back first and then shut down, so the stop can
+    /// take as long as that does; whether to refuse is the caller's to decide ([`crate::is_busy`]).
+    pub fn trigger(&self) {
+        self.lock().requested = true;
+        self.0.changed.notify_all();
+    }
+
+    /// Whether it was triggered.
+    pub fn is_triggered(&self) -> bool {
+        self.lock().requested
+    }
+
+    /// Counts a queue thread in; it is counted out when the token is dropped.
+    pub(crate) fn queue(&self) -> RunningQueue {
+        self.lock().queues += 1;
+        RunningQueue(self.clone())
+    }
+
+    /// Waits until it is triggered, or no queue thread is left. Whether the former.
+    ///
+    /// The control thread waits here and then stops the device itself: libublk's ring for control commands belongs to a
+    /// thread (its own control panics elsewhere), and a control made for the purpose needs file descriptors, which may
+    /// be used up. A queue thread must not give the command: it has to serve the last requests.
+    pub(crate) fn wait(&self) -> bool {
+        let waiting = |s: &mut State| !s.requested && s.queues > 0;
+        let state = self.0.changed.wait_while(self.lock(), waiting).unwrap_or_else(PoisonError::into_inner);
+        state.requested
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A queue thread that runs.
+#[derive(Debug)]
+pub(crate) struct RunningQueue(Stop);
+
+impl Drop for RunningQueue {
+    fn drop(&mut self) {
+        self.0.lock().queues -= 1;
+        self.0.0.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::thread;
+
+    #[test]
+    fn a_stop_before_the_device_is_remembered() {
+        let stop = Stop::new();
+        stop.clone().trigger();
+        let _queue = stop.queue();
+        assert!(stop.wait() && stop.is_triggered());
+    }
+
+    #[test]
+    fn a_trigger_ends_the_wait_of_another_thread() {
+        let stop = Stop::new();
+        let _queue = stop.queue();
+        let other = stop.clone();
+        let waiting = thread::spawn(move || other.wait());
+        stop.trigger();
+        assert!(waiting.join().unwrap());
+    }
+
+    #[test]
+    fn the_end_of_the_last_queue_ends_the_wait() {
+        let stop = Stop::new();
+        let queues = [stop.queue(), stop.queue()];
+        let other = stop.clone();
+        let waiting = thread::spawn(move || other.wait());
+        drop(queues);
+        assert!(!waiting.join().unwrap());
+    }
+}

@@ -1,0 +1,154 @@
+//! What the tests share: a scratch directory, a shell, and devices that are gone when the test is.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+use std::time::{Duration, Instant};
+
+pub(crate) const VDISK: &str = env!("CARGO_BIN_EXE_vdisk");
+
+/// The transport under test: `ublk` or `nbd`.
+pub(crate) fn transport() -> String {
+    std::env::var("VDISK_TRANSPORT").expect("VDISK_TRANSPORT names the transport to test: see tests/vm/run")
+}
+
+/// A directory of the test's own on a file system that punches holes.
+pub(crate) struct Lab(tempfile::TempDir);
+
+impl Lab {
+    pub(crate) fn new() -> Self {
+        let scratch = std::env::var_os("VDISK_SCRATCH").map_or_else(std::env::temp_dir, PathBuf::from);
+        Self(tempfile::tempdir_in(scratch).unwrap())
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Runs a script in the directory; its standard output. A command that fails fails the test.
+    pub(crate) fn sh(&self, script: &str) -> String {
+        let output = self.try_sh(script);
+        let (out, err) = (text(&output.stdout), text(&output.stderr));
+        assert!(output.status.success(), "{script}\n{}\nstdout: {out}\nstderr: {err}", output.status);
+        out.trim_end().to_owned()
+    }
+
+    /// As [`Lab::sh`], but it may fail.
+    pub(crate) fn try_sh(&self, script: &str) -> Output {
+        let mut bash = Command::new("bash");
+        bash.args(["-euo", "pipefail", "-c", script]).current_dir(self.path()).env("vdisk", VDISK).stdin(Stdio::null());
+        bash.output().unwrap()
+    }
+
+    /// Makes the images of `fixtures/make`; their names.
+    pub(crate) fn fixtures(&self, size: &str) -> Vec<String> {
+        let make = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/make");
+        self.sh(&format!("{} . {size}", make.display())).lines().map(str::to_owned).collect()
+    }
+
+    /// Makes an empty monolithicSparse image.
+    pub(crate) fn vmdk(&self, name: &str, size: &str) {
+        self.sh(&format!("qemu-img create -q -f vmdk {name} {size}"));
+    }
+
+    /// `vdisk ARGS` in the directory.
+    pub(crate) fn vdisk(&self, args: &str) -> Output {
+        self.try_sh(&format!("$vdisk {args}"))
+    }
+
+    /// Attaches over the transport under test.
+    pub(crate) fn attach(&self, args: &str) -> Device<'_> {
+        self.attach_as(&format!("--transport {} {args}", transport()))
+    }
+
+    /// Attaches with just these arguments.
+    pub(crate) fn attach_as(&self, args: &str) -> Device<'_> {
+        let output = self.vdisk(&format!("attach {args}"));
+        let (path, said) = (text(&output.stdout), text(&output.stderr));
+        assert!(output.status.success(), "attach {args}: {said}");
+        assert_eq!(path.lines().count(), 1, "the device path alone on stdout: {path:?}");
+        Device { lab: self, path: path.trim_end().to_owned(), said, attached: true }
+    }
+
+    /// Bytes that the image's files take on the host.
+    pub(crate) fn space(&self, files: &str) -> u64 {
+        let kib = self.sh(&format!("sync; du -ck {files} | tail -n1 | cut -f1"));
+        kib.parse::<u64>().unwrap() * 1024
+    }
+
+    pub(crate) fn sha256(&self, file: &str) -> String {
+        self.sh(&format!("sha256sum < {file}"))
+    }
+
+    /// What `qemu-img convert` makes of an image.
+    pub(crate) fn qemu_sha256(&self, image: &str) -> String {
+        self.sh(&format!("qemu-img convert -U -O raw {image} qemu.raw"));
+        let sum = self.sha256("qemu.raw");
+        self.sh("rm qemu.raw");
+        sum
+    }
+}
+
+/// An attached image.
+pub(crate) struct Device<'a> {
+    lab: &'a Lab,
+    pub(crate) path: String,
+    /// What `attach` said on stderr.
+    pub(crate) said: String,
+    attached: bool,
+}
+
+impl Device<'_> {
+    /// `/dev/ublkb0p1`, `/dev/nbd0p1`
+    pub(crate) fn part(&self, n: u32) -> String {
+        format!("{}p{n}", self.path)
+    }
+
+    pub(crate) fn detach(mut self) {
+        self.attached = false;
+        let output = self.lab.vdisk(&format!("detach {}", self.path));
+        assert!(output.status.success(), "detach {}: {}", self.path, text(&output.stderr));
+        assert_eq!(text(&output.stdout) + &text(&output.stderr), "", "detach says nothing when it succeeds");
+    }
+
+    /// The pid of the serving process.
+    pub(crate) fn pid(&self) -> u32 {
+        listed(self.lab).iter().find(|d| d["device"] == *self.path).expect("listed")["pid"].as_u64().unwrap() as u32
+    }
+}
+
+impl Drop for Device<'_> {
+    fn drop(&mut self) {
+        if self.attached {
+            let output = self.lab.vdisk(&format!("detach --force {}", self.path));
+            eprintln!("{}", text(&output.stderr));
+        }
+    }
+}
+
+/// `vdisk list --json`
+pub(crate) fn listed(lab: &Lab) -> Vec<serde_json::Value> {
+    serde_json::from_str(&lab.sh("$vdisk list --json")).expect("one JSON document")
+}
+
+/// Checks that nothing is left: no state file, no serving process, no block device with something behind it.
+pub(crate) fn assert_nothing_left(lab: &Lab) {
+    assert_eq!(listed(lab), [serde_json::Value::Null; 0]);
+    assert_eq!(lab.sh("ls -A /run/vdisk 2>/dev/null || true"), "", "state files");
+    assert_eq!(lab.sh(&format!("pgrep -fa '^{VDISK} attach' || true")), "", "processes");
+    assert_eq!(lab.sh("ls -d /dev/ublkb* /dev/ublkc* 2>/dev/null || true"), "", "nodes");
+    assert_eq!(lab.sh("cat /sys/block/nbd*/size 2>/dev/null | grep -v '^0$' || true"), "", "nbd devices in use");
+    assert_eq!(lab.sh("ls -d /dev/nbd*p* 2>/dev/null || true"), "", "nbd partitions");
+}
+
+/// Waits for something that another process does, and fails after a while.
+pub(crate) fn wait_until(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while !done() {
+        assert!(Instant::now() < end, "waited in vain: {what}");
+        std::thread::sleep(Duration::from_millis(20));
+    }
+}
+
+pub(crate) fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}

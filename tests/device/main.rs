@@ -1,0 +1,12 @@
+//! End to end on real block devices: one suite for all transports, one file per behaviour.
+//!
+//! Needs root, a kernel with the transport that `VDISK_TRANSPORT` names, and a host file system that punches holes under
+//! `VDISK_SCRATCH`. `tests/vm/run` gives it all three, in a VM.
+
+mod attach_detach;
+mod bad_input;
+mod data;
+mod discard;
+mod lab;
+mod many;
+mod server_death;

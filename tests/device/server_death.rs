@@ -1,0 +1,43 @@
+//! The serving process dies.
+
+use crate::lab::{Lab, assert_nothing_left, listed, wait_until};
+
+#[test]
+fn after_kill_9_detach_leaves_nothing() {
+    let lab = Lab::new();
+    lab.vmdk("disk.vmdk", "64M");
+    let device = lab.attach("disk.vmdk");
+    lab.sh("echo 'I/O error, dev (nbd|ublkb)|Receive control failed|Connection timed out|shutting down sockets|Attempted send on invalid socket' >> ${VDISK_VM_ALLOW:-/dev/null}");
+    lab.sh(&format!("dd if=/dev/urandom of={} bs=1M count=8 oflag=direct conv=fsync", device.path));
+    lab.sh(&format!("kill -KILL {}", device.pid()));
+    wait_until("list says dead", || listed(&lab)[0]["state"] == "dead");
+    device.detach();
+    assert_nothing_left(&lab);
+    assert!(lab.sh("qemu-img check disk.vmdk").contains("No errors"));
+    // And the image can be attached again.
+    lab.attach("disk.vmdk").detach();
+    assert_nothing_left(&lab);
+}
+
+#[test]
+fn kill_9_while_it_is_written_leaves_nothing_and_what_was_synced_is_there() {
+    let lab = Lab::new();
+    lab.vmdk("disk.vmdk", "256M");
+    let device = lab.attach("disk.vmdk");
+    let disk = device.path.clone();
+    lab.sh("echo 'I/O error|Receive control failed|Connection timed out|shutting down sockets|Attempted send on invalid socket|lost async page write' >> ${VDISK_VM_ALLOW:-/dev/null}");
+    lab.sh(&format!("dd if=/dev/urandom of=data bs=1M count=16; dd if=data of={disk} bs=1M oflag=direct conv=fsync"));
+    lab.sh(&format!(
+        "written() {{ awk '{{ print $7 }}' /sys/block/${{1##*/}}/stat; }}
+         before=$(written {disk})
+         fio --name=w --filename={disk} --offset=64m --size=128m --rw=randwrite --bs=4k --iodepth=16 --ioengine=io_uring \
+           --direct=1 --time_based --runtime=60 >fio.log 2>&1 & fio=$!
+         until [ $(written {disk}) -gt $((before + 4096)) ]; do sleep 0.02; done
+         kill -KILL {}; $vdisk detach --force {disk}; ! wait $fio",
+        device.pid()
+    ));
+    std::mem::forget(device);
+    assert_nothing_left(&lab);
+    let check = lab.sh("qemu-img check disk.vmdk; qemu-img convert -O raw disk.vmdk raw; cmp -n 16777216 raw data");
+    assert!(check.contains("No errors"), "{check}");
+}
