@@ -149,7 +149,7 @@ need_rust() {
     say "Rust $want or newer is missing (found: $(cargo --version 2>/dev/null || echo none))"
     if command -v rustup >/dev/null; then
         confirm "Install the stable toolchain with rustup, and make it the default?" || die "needed: Rust $want"
-        retry rustup toolchain install stable --profile minimal >&2 || die "rustup could not install stable"
+        retry rustup toolchain install stable --profile minimal --component rustfmt,clippy >&2 || die "rustup could not install stable"
         rustup default stable >&2
     else
         confirm "Install it with rustup (https://rustup.rs) in $(dirname "$bin")?" || die "needed: Rust $want"
@@ -158,7 +158,7 @@ need_rust() {
         # To a file first: a download cut short must not be run.
         script=$(mktemp)
         curl --proto '=https' --tlsv1.2 -sSf --retry 3 -o "$script" https://sh.rustup.rs || die "could not download rustup"
-        RUSTUP_INIT_SKIP_PATH_CHECK=yes sh "$script" -y --profile minimal >&2 || die "rustup failed"
+        RUSTUP_INIT_SKIP_PATH_CHECK=yes sh "$script" -y --profile minimal --component rustfmt,clippy >&2 || die "rustup failed"
         rm -f "$script"
     fi
     hash -r

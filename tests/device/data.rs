@@ -6,35 +6,40 @@ use crate::lab::Lab;
 #[test]
 fn fio_verifies_every_writable_subformat() {
     let lab = Lab::new();
-    for image in lab.fixtures("2560M") {
+    // Split images have a second extent only past 2 GiB; the others need not be that large.
+    let split = lab.fixtures("2100M").into_iter().filter(|image| image.starts_with("twoGb"));
+    let split: Vec<_> = split.map(|image| (image, "1998m")).collect();
+    lab.sh("mkdir large; mv twoGb* large; rm *.vmdk raw.img");
+    let whole = lab.fixtures("256M").into_iter().filter(|image| !image.starts_with("twoGb"));
+    let images: Vec<_> = whole.map(|image| (image, "100m")).chain(split).collect();
+    lab.sh("rm twoGb*; mv large/* .");
+    for (image, border) in images {
         let device = lab.attach(&image);
         let disk = &device.path;
         // Around the border between the extents of the split ones at 2 GiB, and elsewhere.
         for (name, offset, sizes) in
-            [("even", "0", "--bs=4k"), ("odd", "2000m", "--bssplit=512/20:1536/20:3584/20:13824/20:66048/10:200192/10")]
+            [("even", "0", "--bs=4k"), ("odd", border, "--bssplit=512/20:1536/20:3584/20:13824/20:66048/10:200192/10")]
         {
             lab.sh(&format!(
-                "fio --name={name} --filename={disk} --rw=randwrite {sizes} --offset={offset} --size=100m --io_size=12m \
+                "fio --name={name} --filename={disk} --rw=randwrite {sizes} --offset={offset} --size=100m --io_size=8m \
                  --direct=1 --ioengine=io_uring --iodepth=16 --verify=crc32c --verify_fatal=1 --randseed=7 \
                  --random_generator=lfsr --output-format=terse >fio.log 2>&1 || {{ cat fio.log; exit 1; }}"
             ));
         }
-        lab.sh(&format!(
-            "qemu-img convert -n -O raw -S 4k {disk} /dev/null 2>/dev/null || true; blockdev --flushbufs {disk}"
-        ));
-        lab.sh(&format!("cp --sparse=always {disk} copy.raw"));
         device.detach();
-        let format = if image.ends_with(".vmdk") { "vmdk" } else { "raw" };
-        if image != "vmfs.vmdk" {
-            lab.sh(&format!("qemu-img compare -f raw -F {format} copy.raw {image}"));
-        } else {
-            // qemu-img wants the extent's name in another place for this type; the extent is the bytes.
-            lab.sh("cmp copy.raw vmfs-flat.vmdk");
-        }
+        // A fresh attach, compared by qemu-img with its own reading of the image.
+        let device = lab.attach(&format!("-r {image}"));
+        let (other, format) = match image.as_str() {
+            // For the type VMFS qemu-img asks for less than is written there; the extent is the bytes of the disk.
+            "vmfs.vmdk" => ("vmfs-flat.vmdk", "raw"),
+            "raw.img" => ("raw.img", "raw"),
+            _ => (image.as_str(), "vmdk"),
+        };
+        lab.sh(&format!("qemu-img compare -f raw -F {format} {} {other}", device.path));
+        device.detach();
         if image.contains("Sparse") {
             lab.sh(&format!("qemu-img check {image}"));
         }
-        lab.sh("rm copy.raw");
     }
 }
 

@@ -34,8 +34,12 @@ impl Lab {
 
     /// As [`Lab::sh`], but it may fail.
     pub(crate) fn try_sh(&self, script: &str) -> Output {
-        let mut bash = Command::new("bash");
-        bash.args(["-euo", "pipefail", "-c", script]).current_dir(self.path()).env("vdisk", VDISK).stdin(Stdio::null());
+        // What hangs fails, and says where: a hung task's trace is in the kernel's log by then.
+        let mut bash = Command::new("timeout");
+        bash.args(["--kill-after=5", "300", "bash", "-euo", "pipefail", "-c", script])
+            .current_dir(self.path())
+            .env("vdisk", VDISK)
+            .stdin(Stdio::null());
         bash.output().unwrap()
     }
 

@@ -17,6 +17,9 @@ pub struct Buf(Rc<Memory>);
 
 #[derive(Debug)]
 struct Memory {
+    /// What the allocator gave: up to [`BUF_ALIGN`] bytes more than are used. The allocator zeroes memory of a large alignment
+    /// by writing it, which would make all of it resident; ordinary memory comes from the kernel zeroed and untouched.
+    allocation: NonNull<u8>,
     start: NonNull<u8>,
     len: usize,
 }
@@ -27,11 +30,13 @@ impl Buf {
         let layout = layout(len);
         #[expect(unsafe_code, reason = "memory of a given alignment")]
         // SAFETY: the layout's size is not zero (see `layout`).
-        let start = unsafe { alloc_zeroed(layout) };
-        match NonNull::new(start) {
-            Some(start) => Self(Rc::new(Memory { start, len })),
-            None => handle_alloc_error(layout),
-        }
+        let allocation = unsafe { alloc_zeroed(layout) };
+        let Some(allocation) = NonNull::new(allocation) else { handle_alloc_error(layout) };
+        let skip = allocation.addr().get().next_multiple_of(BUF_ALIGN) - allocation.addr().get();
+        #[expect(unsafe_code, reason = "memory of a given alignment")]
+        // SAFETY: `skip` is below BUF_ALIGN, and the allocation has BUF_ALIGN + `len` bytes (see `layout`).
+        let start = unsafe { allocation.add(skip) };
+        Self(Rc::new(Memory { allocation, start, len }))
     }
 
     /// Length in bytes.
@@ -110,9 +115,9 @@ impl Buf {
 impl Drop for Memory {
     fn drop(&mut self) {
         #[expect(unsafe_code, reason = "memory of a given alignment")]
-        // SAFETY: `start` came from `alloc_zeroed` with this very layout and is freed only here, with the last handle.
+        // SAFETY: `allocation` came from `alloc_zeroed` with this very layout and is freed only here, with the last handle.
         unsafe {
-            dealloc(self.start.as_ptr(), layout(self.len));
+            dealloc(self.allocation.as_ptr(), layout(self.len));
         }
     }
 }
@@ -122,9 +127,9 @@ fn part(at: usize, len: usize) -> Range<usize> {
     at..at.saturating_add(len)
 }
 
-/// The memory of a buffer of `len` bytes; of at least one byte, since none cannot be allocated.
+/// Memory that has room for a buffer of `len` bytes at a multiple of [`BUF_ALIGN`].
 fn layout(len: usize) -> Layout {
-    Layout::from_size_align(len.max(1), BUF_ALIGN).expect("a buffer is smaller than isize::MAX")
+    Layout::from_size_align(len.saturating_add(BUF_ALIGN), 1).expect("a buffer is smaller than isize::MAX")
 }
 
 #[cfg(test)]

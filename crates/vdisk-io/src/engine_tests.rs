@@ -32,7 +32,7 @@ impl Place {
 
     fn open(&self, direct_io: bool) -> (Arc<FileSet>, FileId) {
         let (files, id) =
-            HostFiles::open(&self.path, OpenMode { writable: true, trust_paths: false, direct_io }).unwrap();
+            HostFiles::open(&self.path, OpenMode { writable: true, trust_paths: false, direct_io, unlocked: false }).unwrap();
         (files.into_set(), id)
     }
 }
@@ -358,7 +358,7 @@ fn a_block_device_is_an_image_too() {
     };
     let link = place.path.with_file_name("link");
     std::os::unix::fs::symlink(&device.0, &link).unwrap();
-    let mode = OpenMode { writable: true, trust_paths: true, direct_io: true };
+    let mode = OpenMode { writable: true, trust_paths: true, direct_io: true, unlocked: false };
     let (files, id) = HostFiles::open(&link, mode).unwrap();
     assert_eq!(files.len(id).unwrap(), 1 << 20);
     let twin = files.open(device.0.to_str().unwrap(), false).unwrap_err();

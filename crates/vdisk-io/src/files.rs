@@ -23,6 +23,8 @@ pub struct OpenMode {
     pub trust_paths: bool,
     /// Go around the page cache where memory, offset and length are aligned for it.
     pub direct_io: bool,
+    /// Take no locks, and do not mind those of others: for a look at an image that somebody is writing. Read-only.
+    pub unlocked: bool,
 }
 
 /// The opening stage: the image's own file and those that it names, so far. I/O blocks; futures are ready at once.
@@ -64,7 +66,9 @@ impl HostFiles {
                 format!("{} and {} are the same file", twin.path().display(), file.path().display()),
             ));
         }
-        locks::lock(&file)?;
+        if self.mode.writable || !self.mode.unlocked {
+            locks::lock(&file)?;
+        }
         let id = u32::try_from(files.len()).map_err(|_| io::Error::from(io::ErrorKind::QuotaExceeded))?;
         files.push(file);
         Ok(FileId(id))

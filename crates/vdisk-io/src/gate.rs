@@ -85,9 +85,10 @@ fn open_plain(directory: &OwnedFd, name: &str, flags: OFlag) -> io::Result<Owned
     })
 }
 
-/// `O_NONBLOCK`: opening a FIFO without a peer would wait for one.
+/// `O_NONBLOCK`: opening a FIFO without a peer would wait for one. `O_EXCL`: a block device that is mounted, or held by another
+/// driver, is not written under it (open(2); regular files do not mind).
 fn flags(writable: bool) -> OFlag {
-    let access = if writable { OFlag::O_RDWR } else { OFlag::O_RDONLY };
+    let access = if writable { OFlag::O_RDWR | OFlag::O_EXCL } else { OFlag::O_RDONLY };
     access | OFlag::O_NONBLOCK | OFlag::O_NOCTTY | OFlag::O_CLOEXEC
 }
 
@@ -137,6 +138,9 @@ fn refused(name: impl std::fmt::Display, errno: Errno) -> io::Error {
     let e = io::Error::from(errno);
     if errno == Errno::EISDIR {
         return io::Error::new(io::ErrorKind::InvalidInput, format!("{name} is a directory"));
+    }
+    if errno == Errno::EBUSY {
+        return io::Error::new(io::ErrorKind::ResourceBusy, format!("{name} is mounted or held by another driver"));
     }
     io::Error::new(e.kind(), format!("{name}: {e}"))
 }

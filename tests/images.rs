@@ -1,0 +1,117 @@
+//! Images against programs that are not ours, through `vdisk serve`: no device and no root is needed.
+
+#![allow(clippy::unwrap_used, reason = "a test fails by it")]
+
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+/// Runs a script in a directory; its standard output. What fails fails the test, what is missing too: scripts/test installs it.
+fn sh(dir: &Path, script: &str) -> String {
+    let output = Command::new("timeout")
+        .args(["300", "bash", "-euo", "pipefail", "-c", &format!("{HELPERS}{script}")])
+        .current_dir(dir)
+        .env("vdisk", env!("CARGO_BIN_EXE_vdisk"))
+        .stdin(Stdio::null())
+        .output()
+        .unwrap();
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    assert!(output.status.success(), "{script}\n{}\n{}{}", output.status, text(&output.stdout), text(&output.stderr));
+    text(&output.stdout).trim_end().to_owned()
+}
+
+/// `serving IMAGE COMMAND...`: the command runs while the image is served at `$uri`; then the server must end well.
+const HELPERS: &str = r#"
+serving() {
+    local image=$1 server
+    shift
+    "$vdisk" serve "$image" --socket sock 2>serve.log &
+    server=$!
+    until [ -S sock ]; do kill -0 $server || { cat serve.log; return 1; }; sleep 0.01; done
+    uri='nbd+unix:///?socket=sock' "$@"
+    kill $server
+    wait $server || { cat serve.log; return 1; }
+}
+"#;
+
+fn fixtures(dir: &Path, size: &str) -> Vec<String> {
+    let make = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/make");
+    sh(dir, &format!("{} . {size}", make.display())).lines().map(str::to_owned).collect()
+}
+
+/// How qemu-img is to read a fixture. It cannot read this VMFS descriptor, but the extent is the bytes of the disk.
+fn for_qemu(image: &str) -> (&str, &str) {
+    match image {
+        "vmfs.vmdk" => ("vmfs-flat.vmdk", "raw"),
+        "raw.img" => (image, "raw"),
+        _ => (image, "vmdk"),
+    }
+}
+
+#[test]
+fn what_is_written_over_nbd_qemu_reads() {
+    let dir = tempfile::tempdir().unwrap();
+    for image in fixtures(dir.path(), "3G") {
+        let (file, format) = for_qemu(&image);
+        sh(
+            dir.path(),
+            &format!(
+                r#"truncate -s 3G data
+                for mib in 0 1 100 2046 2047 2048 3060; do
+                    dd if=/dev/urandom of=data bs=1M seek=$mib count=3 conv=notrunc status=none
+                done
+                serving {image} nbdcopy data "nbd+unix:///?socket=sock"
+                qemu-img compare -f raw -F {format} data {file}
+                rm data"#
+            ),
+        );
+        if image.contains("Sparse") {
+            assert!(sh(dir.path(), &format!("qemu-img check {image}")).contains("No errors"), "{image}");
+        }
+    }
+}
+
+#[test]
+fn what_qemu_writes_is_read_over_nbd_and_the_other_way_round_in_turns() {
+    let dir = tempfile::tempdir().unwrap();
+    for image in fixtures(dir.path(), "64M") {
+        let (file, format) = for_qemu(&image);
+        let mut io = String::new();
+        for n in 0..200u64 {
+            // Overlapping ranges of odd sizes all over the disk.
+            let at = (n * 7_919_513 % (63 << 20)) & !511;
+            let len = ((n * 104_729) % 200_000 + 512) & !511;
+            let write = format!("write -P {} {at} {len}", n % 255 + 1);
+            if n % 2 == 0 {
+                io += &format!("qemu-io -f {format} -c '{write}' {file} >/dev/null\n");
+            } else if n % 20 == 1 {
+                let zero = if n % 40 == 1 { "write -z -u" } else { "discard" };
+                io += &format!(
+                    "serving {image} qemu-io -f raw -c '{write}' -c '{zero} {at} 65536' \"nbd+unix:///?socket=sock\" >/dev/null\n"
+                );
+            }
+            if n % 50 == 1 {
+                io += &format!(
+                    "serving {image} nbdcopy \"nbd+unix:///?socket=sock\" seen; qemu-img compare -f raw -F {format} seen {file} >/dev/null; rm seen\n"
+                );
+            }
+        }
+        sh(dir.path(), &io);
+    }
+}
+
+#[test]
+fn nbdinfo_sees_what_the_server_can() {
+    let dir = tempfile::tempdir().unwrap();
+    let image = &fixtures(dir.path(), "64M")[0];
+    let info = sh(dir.path(), &format!("serving {image} nbdinfo 'nbd+unix:///?socket=sock'"));
+    for line in [
+        "export-size: 67108864",
+        "can_fua: true",
+        "can_multi_conn: true",
+        "can_trim: true",
+        "can_zero: true",
+        "block_size_preferred: 65536",
+    ] {
+        assert!(info.contains(line), "{line} is not in\n{info}");
+    }
+}
