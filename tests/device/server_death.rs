@@ -37,6 +37,8 @@ fn kill_9_while_it_is_written_leaves_nothing_and_what_was_synced_is_there() {
         device.pid()
     ));
     std::mem::forget(device);
+    // fio had it open until a moment ago: the kernel deletes a device when the last opener is gone, and not before.
+    wait_until("the node goes", || lab.sh("ls /dev/ublkc* 2>/dev/null || true").is_empty());
     assert_nothing_left(&lab);
     let check = lab.sh("qemu-img check disk.vmdk; qemu-img convert -O raw disk.vmdk raw; cmp -n 16777216 raw data");
     assert!(check.contains("No errors"), "{check}");

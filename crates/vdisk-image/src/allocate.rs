@@ -17,6 +17,9 @@ use vmdk_parse::{GrainEntry, SECTOR_SIZE};
 /// often.
 const GROWTH: u64 = if cfg!(test) { 64 << 10 } else { 16 << 20 };
 
+/// End of what grain table entries can name, in bytes of the file.
+const ADDRESSABLE: u64 = u32::MAX as u64 * SECTOR_SIZE;
+
 /// What changes in an extent. Behind its lock, which is never held across an await or an I/O.
 #[derive(Debug, Default)]
 pub(crate) struct State {
@@ -34,6 +37,8 @@ pub(crate) struct State {
     pub(crate) dirty: Vec<u64>,
     /// Sectors of the directory that name tables which it did not name before.
     pub(crate) dirty_gd: BTreeSet<u64>,
+    /// Memory that the tables take.
+    pub(crate) table_bytes: usize,
     /// Tables in memory, in the order in which the clock hand passes them.
     pub(crate) clock: VecDeque<u64>,
 }
@@ -90,14 +95,9 @@ impl Sparse {
                 None => return Ok(Plan::Grow),
             },
         };
-        if let Some(place) = self.unfinished(&table, grain) {
+        if self.has_place(&table, grain) {
             // The last grain of a file that ends inside it: it has a place already, the file only has to reach it.
-            let (offset, len) = (place + skip, len.min(self.grain - skip));
-            return Ok(if self.reaches(place + self.grain) {
-                Plan::Write { offset, len, ticket: None }
-            } else {
-                Plan::Grow
-            });
+            return Ok(Plan::Grow);
         }
         if table.copy == TableCopy::Broken {
             return Err(DiskError::new(
@@ -159,7 +159,9 @@ impl Sparse {
 
     /// The tables were looked through: nothing is used at or after byte `end`. Space is given out from there on.
     pub(crate) fn allocate_from(&self, end: u64) {
-        locked(&self.state).next = Some(end.next_multiple_of(self.grain));
+        let next = end.next_multiple_of(self.grain);
+        self.first_free.store(next, Ordering::Release);
+        locked(&self.state).next = Some(next);
     }
 
     /// Whether [`Sparse::allocate_from`] was called.
@@ -172,21 +174,13 @@ impl Sparse {
         locked(&self.state).next
     }
 
-    fn reaches(&self, end: u64) -> bool {
-        self.file_len.load(Ordering::Acquire) >= end
-    }
-
-    /// Where the grain is, if it has a place of which the file holds only the beginning.
-    fn unfinished(&self, table: &Table, grain: u64) -> Option<u64> {
-        let entry = table.entry(usize::try_from(grain % self.gtes).ok()?)?;
-        match GrainEntry::decode(entry, self.header.flags.zeroed_grain()) {
-            GrainEntry::At(sector) => Some(sector.0 * SECTOR_SIZE),
-            GrainEntry::Absent | GrainEntry::Zeroed => None,
-        }
+    fn has_place(&self, table: &Table, grain: u64) -> bool {
+        let entry = usize::try_from(grain % self.gtes).ok().and_then(|n| table.entry(n)).unwrap_or(0);
+        matches!(GrainEntry::decode(entry, self.header.flags.zeroed_grain()), GrainEntry::At(_))
     }
 
     fn is_absent(&self, state: &State, table: &Table, grain: u64) -> bool {
-        self.unfinished(table, grain).is_none() && !state.busy.contains_key(&grain)
+        !self.has_place(table, grain) && !state.busy.contains_key(&grain)
     }
 
     /// Room for up to `count` grains: (place, how many). `None` if the file has to be extended first.
@@ -199,25 +193,18 @@ impl Sparse {
         let Some(next) = state.next else {
             return Err(DiskError::new(ErrorKind::Poisoned, format!("{}: its end is not known", self.name)));
         };
-        let len = self.file_len.load(Ordering::Acquire);
+        // Entries are 32-bit sector numbers: what lies behind the last one cannot be named.
+        if next + self.grain > ADDRESSABLE {
+            let what = format!("{}: an extent's file cannot grow past 2 TiB", self.name);
+            return Err(DiskError::new(ErrorKind::NoSpace, what));
+        }
+        let len = self.file_len.load(Ordering::Acquire).min(ADDRESSABLE);
         let count = count.min(len.saturating_sub(next) / self.grain);
         if count == 0 {
-            self.check_addressable(next + self.grain)?;
             return Ok(None);
         }
         state.next = Some(next + count * self.grain);
         Ok(Some((next, count)))
-    }
-
-    /// Grain table entries are 32-bit sector numbers.
-    fn check_addressable(&self, end: u64) -> Result<(), DiskError> {
-        if end > u64::from(u32::MAX) * SECTOR_SIZE {
-            return Err(DiskError::new(
-                ErrorKind::NoSpace,
-                format!("{}: an extent file cannot grow past 2 TiB", self.name),
-            ));
-        }
-        Ok(())
     }
 
     /// Makes the table that the directory does not have. `None` if the file has to be extended first.
@@ -235,13 +222,9 @@ impl Sparse {
         let copy = copy_at.map_or(TableCopy::None, TableCopy::At);
         let table = Arc::new(Table::new((0..self.gtes).map(|_| 0), at, copy));
         table.set_all_dirty();
-        self.charge(&table);
         state.dirty.push(index);
         state.dirty_gd.insert(index / SECTOR_ENTRIES as u64);
-        state.clock.push_back(index);
-        if let Some(t) = page.tables.get(slot) {
-            t.store(Some(Arc::clone(&table)));
-        }
+        self.insert_locked(state, index, Arc::clone(&table));
         for (directory, at) in [(&page.gd, Some(at)), (&page.rgd, copy_at)] {
             if let (Some(gde), Some(at)) = (directory.get(slot), at) {
                 gde.store(sector_number(at), Ordering::Release);
@@ -251,9 +234,10 @@ impl Sparse {
     }
 }
 
-/// The 32-bit sector number of a place that [`Sparse::check_addressable`] has let through.
+/// The sector number of a place that [`Sparse::take_room`] gave out.
+#[expect(clippy::cast_possible_truncation, reason = "take_room gives out nothing behind ADDRESSABLE")]
 fn sector_number(at: u64) -> u32 {
-    u32::try_from(at / SECTOR_SIZE).unwrap_or(u32::MAX)
+    (at / SECTOR_SIZE) as u32
 }
 
 impl Ticket<'_> {
@@ -285,7 +269,11 @@ impl Ticket<'_> {
     /// The grains could not be written, and their place reads as zeroes again.
     pub(crate) fn give_back(mut self) {
         let mut state = locked(&self.extent.state);
-        state.free.extend((0..self.count).map(|n| self.place + n * self.extent.grain));
+        if state.next == Some(self.place + self.count * self.extent.grain) {
+            state.next = Some(self.place);
+        } else {
+            state.free.extend((0..self.count).map(|n| self.place + n * self.extent.grain));
+        }
         self.finish(&mut state);
     }
 

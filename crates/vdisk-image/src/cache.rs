@@ -12,6 +12,9 @@ use std::sync::{Arc, Mutex};
 
 const SHARDS: usize = 16;
 
+/// Larger grains are not cached: a small read would become a thousand times as large.
+pub(crate) const MAX_GRAIN: u64 = 1 << 20;
+
 /// A grain by its file and byte offset in it.
 pub(crate) type GrainKey = (FileId, u64);
 
@@ -35,7 +38,8 @@ struct Shard {
 
 #[derive(Debug)]
 enum Slot {
-    Filling(u64),
+    /// On its way: the fill's number, and the bytes that it will take.
+    Filling(u64, usize),
     Filled(Arc<[u8]>),
 }
 
@@ -74,19 +78,19 @@ impl GrainCache {
     }
 
     fn shard(&self, key: GrainKey) -> Option<&Mutex<Shard>> {
-        // Neighbouring grains go to different shards, whatever the grain size (a multiple of 4 KiB) is.
+        // Mixed, so that no regular pattern of grains falls into one shard. Grains are multiples of 4 KiB.
         let mixed = (key.1 >> 12 ^ u64::from(key.0.0)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
         let count = self.shards.len() as u64;
         self.shards.get(usize::try_from(mixed.checked_rem(count)?).ok()?)
     }
 
-    /// Looks a grain up for a read of part of it.
-    pub(crate) fn look_up(&self, key: GrainKey) -> Cached {
+    /// Looks a grain of `len` bytes up for a read of part of it.
+    pub(crate) fn look_up(&self, key: GrainKey, len: usize) -> Cached {
         let Some(shard) = self.shard(key) else { return Cached::Miss };
         let mut shard = locked(shard);
         match shard.grains.get(&key) {
             Some(Slot::Filled(bytes)) => return Cached::Hit(Arc::clone(bytes)),
-            Some(Slot::Filling(_)) => return Cached::Miss,
+            Some(Slot::Filling(..)) => return Cached::Miss,
             None => {}
         }
         if shard.seen.pop(&key).is_none() {
@@ -94,9 +98,17 @@ impl GrainCache {
             return Cached::Miss;
         }
         let id = self.next_fill.fetch_add(1, Ordering::Relaxed);
-        shard.grains.put(key, Slot::Filling(id));
         // Before the grain is read: a change that finds the count at 0 was complete before that read.
         self.used.fetch_add(1, Ordering::SeqCst);
+        shard.grains.put(key, Slot::Filling(id, len));
+        shard.bytes += len;
+        while shard.bytes > self.shard_bytes {
+            let Some((&oldest, _)) = shard.grains.peek_lru() else { break };
+            self.remove(&mut shard, oldest);
+        }
+        if !shard.grains.contains(&key) {
+            return Cached::Miss;
+        }
         Cached::Fill(Fill { key, id })
     }
 
@@ -104,18 +116,14 @@ impl GrainCache {
     pub(crate) fn fill(&self, fill: &Fill, bytes: Option<Arc<[u8]>>) {
         let Some(shard) = self.shard(fill.key) else { return };
         let mut shard = locked(shard);
-        if !matches!(shard.grains.peek(&fill.key), Some(Slot::Filling(id)) if *id == fill.id) {
+        let Some(slot) = shard.grains.peek_mut(&fill.key) else { return };
+        let &mut Slot::Filling(id, len) = slot else { return };
+        if id != fill.id {
             return;
         }
-        let Some(bytes) = bytes else {
-            self.remove(&mut shard, fill.key);
-            return;
-        };
-        shard.bytes += bytes.len();
-        shard.grains.put(fill.key, Slot::Filled(bytes));
-        while shard.bytes > self.shard_bytes {
-            let Some((&oldest, _)) = shard.grains.peek_lru() else { break };
-            self.remove(&mut shard, oldest);
+        match bytes {
+            Some(bytes) if bytes.len() == len => *slot = Slot::Filled(bytes),
+            _ => self.remove(&mut shard, fill.key),
         }
     }
 
@@ -132,9 +140,10 @@ impl GrainCache {
     fn remove(&self, shard: &mut Shard, key: GrainKey) {
         if let Some(slot) = shard.grains.pop(&key) {
             self.used.fetch_sub(1, Ordering::SeqCst);
-            if let Slot::Filled(bytes) = slot {
-                shard.bytes -= bytes.len();
-            }
+            shard.bytes -= match slot {
+                Slot::Filled(bytes) => bytes.len(),
+                Slot::Filling(_, len) => len,
+            };
         }
     }
 }
@@ -150,8 +159,8 @@ mod tests {
     }
 
     fn ask_twice(cache: &GrainCache, key: GrainKey) -> Fill {
-        assert!(matches!(cache.look_up(key), Cached::Miss));
-        match cache.look_up(key) {
+        assert!(matches!(cache.look_up(key, 4096), Cached::Miss));
+        match cache.look_up(key, 4096) {
             Cached::Fill(fill) => fill,
             other => panic!("{other:?}"),
         }
@@ -162,7 +171,7 @@ mod tests {
         let cache = GrainCache::new(1 << 20, 4096);
         let fill = ask_twice(&cache, KEY);
         cache.fill(&fill, grain(7));
-        assert!(matches!(cache.look_up(KEY), Cached::Hit(b) if b[0] == 7));
+        assert!(matches!(cache.look_up(KEY, 4096), Cached::Hit(b) if b[0] == 7));
     }
 
     #[test]
@@ -171,7 +180,7 @@ mod tests {
         let fill = ask_twice(&cache, KEY);
         cache.forget(KEY);
         cache.fill(&fill, grain(7));
-        assert!(matches!(cache.look_up(KEY), Cached::Miss));
+        assert!(matches!(cache.look_up(KEY, 4096), Cached::Miss));
     }
 
     #[test]
@@ -181,9 +190,9 @@ mod tests {
         cache.forget(KEY);
         let fresh = ask_twice(&cache, KEY);
         cache.fill(&stale, grain(1));
-        assert!(matches!(cache.look_up(KEY), Cached::Miss));
+        assert!(matches!(cache.look_up(KEY, 4096), Cached::Miss));
         cache.fill(&fresh, grain(2));
-        assert!(matches!(cache.look_up(KEY), Cached::Hit(b) if b[0] == 2));
+        assert!(matches!(cache.look_up(KEY, 4096), Cached::Hit(b) if b[0] == 2));
     }
 
     #[test]
@@ -210,7 +219,7 @@ mod tests {
     fn a_budget_of_nothing_caches_nothing() {
         let cache = GrainCache::new(0, 65536);
         for _ in 0..3 {
-            assert!(matches!(cache.look_up(KEY), Cached::Miss));
+            assert!(matches!(cache.look_up(KEY, 4096), Cached::Miss));
         }
         cache.forget(KEY);
     }

@@ -87,7 +87,7 @@ impl Disk {
         })
         .await;
         let Some(_beginning) = mine else { return Ok(()) };
-        for extent in self.image.sparse() {
+        for extent in self.image.writable_sparse() {
             self.find_end(io, extent).await?;
         }
         flush::run(io, &first.steps(), |f| self.name(f)).await?;
@@ -115,19 +115,20 @@ impl Disk {
             if extent.header.unclean_shutdown {
                 extent.forget_unborn_tables(page);
             }
+            end = end.max(extent.end_of_tables(page));
             for run in runs {
                 let bytes = self.read_metadata(io, extent.file, run.at, run.count * extent.table_bytes()).await?;
-                end = end.max(run.at + run.count * extent.table_bytes()).max(extent.end_of_entries(&bytes));
+                end = end.max(extent.end_of_entries(&bytes));
                 if !extent.header.unclean_shutdown || extent.rgd_at.is_none() {
                     continue;
                 }
                 for (table, primary) in (run.first..).zip(bytes.chunks(size_of_table(extent))) {
                     let Some(at) = extent.copy_at(table) else { continue };
                     let copy = self.read_metadata(io, extent.file, at, extent.table_bytes()).await?;
-                    end = end.max(at + extent.table_bytes()).max(extent.end_of_entries(&copy));
+                    end = end.max(extent.end_of_entries(&copy));
                     if copy != primary {
                         tracing::warn!(file = extent.name, table, "the copies of a grain table differ: writing both");
-                        extent.rewrite(table, primary)?;
+                        extent.rewrite(table, run.at + (table - run.first) * extent.table_bytes(), primary);
                     }
                 }
             }

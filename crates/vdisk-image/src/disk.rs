@@ -26,7 +26,6 @@ pub struct Disk {
     pub(crate) first_change: FirstChange,
     pub(crate) zeroout_unmaps: bool,
     pub(crate) rounds: Rounds,
-    pub(crate) poisoned: AtomicBool,
     pub(crate) loading: Mutex<HashMap<(FileId, MetaRef), WaitList>>,
 }
 
@@ -55,7 +54,7 @@ impl Disk {
     /// Whether an earlier failure left it unknown what is durable: every change is refused with
     /// [`ErrorKind::Poisoned`], reads go on.
     pub fn is_poisoned(&self) -> bool {
-        self.poisoned.load(Ordering::Acquire)
+        self.rounds.is_poisoned()
     }
 
     /// Serves one request. `buf` holds at least `request.len()` bytes from its byte 0 on for reads and writes and is
@@ -100,31 +99,21 @@ impl Disk {
             return Ok(());
         }
         self.check_poison()?;
-        let Some(_round) = self.rounds.join().await else { return self.check_poison() };
+        let Some(round) = self.rounds.join().await else { return self.check_poison() };
         // An earlier round may have failed while this task waited.
         self.check_poison()?;
         let plan = self.plan_flush();
-        match flush::run(io, &plan.steps, |f| self.name(f)).await {
-            Ok(()) => {
-                plan.done();
-                Ok(())
-            }
-            Err(e) => {
-                // What the kernel dropped after a failed sync cannot be known, and a second sync would say that all is
-                // well. Not a word of it is believed until the image is opened again.
-                self.poisoned.store(true, Ordering::Release);
-                Err(e)
-            }
-        }
+        flush::run(io, &plan.steps, |f| self.name(f)).await?;
+        plan.done();
+        round.succeeded();
+        Ok(())
     }
 
     pub(crate) fn plan_flush(&self) -> FlushPlan {
-        let dirty: Vec<FileId> = (0..)
-            .zip(&self.files)
-            .filter(|(_, f)| f.dirty.swap(false, Ordering::AcqRel))
-            .map(|(n, _)| FileId(n))
-            .collect();
-        FlushPlan::new(&dirty, self.image.sparse())
+        FlushPlan::new(self.image.writable_sparse(), || {
+            let dirty = (0..).zip(&self.files).filter(|(_, f)| f.dirty.swap(false, Ordering::AcqRel));
+            dirty.map(|(n, _)| FileId(n)).collect()
+        })
     }
 
     fn check_poison(&self) -> Result<(), DiskError> {
@@ -211,7 +200,7 @@ impl Disk {
             return Vec::new();
         }
         let mut steps = Vec::new();
-        for s in self.image.sparse() {
+        for s in self.image.writable_sparse() {
             if let Some(len) = s.end().filter(|end| *end < s.file_len.load(Ordering::Acquire)) {
                 steps.push(Step::SetLen { file: s.file, len });
             }

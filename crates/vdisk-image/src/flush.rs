@@ -10,7 +10,7 @@ use crate::sparse::Sparse;
 use crate::table::{SECTOR_ENTRIES, Table, TableCopy, encode};
 use crate::wait::{WaitList, locked, until, wake};
 use futures_util::future::join_all;
-use std::sync::atomic::AtomicU32;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// One step towards durability.
@@ -32,14 +32,21 @@ pub(crate) struct FlushPlan {
 }
 
 impl FlushPlan {
-    /// The plan to make everything durable that was changed so far: `dirty_files` have data that is not.
-    pub(crate) fn new<'a>(dirty_files: &[FileId], extents: impl Iterator<Item = &'a Sparse>) -> Self {
+    /// The plan to make everything durable that was changed so far. `dirty_files` takes the files with data that is not.
+    ///
+    /// The tables are taken before the files: a writer marks its file before it publishes, so the file of every entry that is
+    /// seen here is seen too. The other way round, an entry could be written without a barrier behind its grain.
+    pub(crate) fn new<'a>(
+        extents: impl Iterator<Item = &'a Sparse>,
+        dirty_files: impl FnOnce() -> Vec<FileId>,
+    ) -> Self {
         let mut plan = Self::default();
         let mut dirty = Dirty::default();
         for extent in extents {
             extent.take_dirty(&mut dirty);
         }
         plan.tables = dirty.pinned;
+        let dirty_files = dirty_files();
         plan.steps.extend(dirty_files.iter().map(|f| Step::Barrier(*f)));
         for writes in [dirty.tables, dirty.redundant_directory, dirty.directory] {
             let mut files: Vec<FileId> = writes.iter().map(|(file, _, _)| *file).collect();
@@ -151,7 +158,11 @@ async fn run_one<I: FileIo>(io: &I, step: &Step, name: &impl Fn(FileId) -> Strin
 
 /// Flushes in rounds: those that arrive while one runs share the next.
 #[derive(Debug, Default)]
-pub(crate) struct Rounds(Mutex<RoundState>);
+pub(crate) struct Rounds {
+    state: Mutex<RoundState>,
+    /// A round did not succeed: what is durable is not known any more.
+    poisoned: AtomicBool,
+}
 
 #[derive(Debug, Default)]
 struct RoundState {
@@ -162,15 +173,25 @@ struct RoundState {
     waiting: WaitList,
 }
 
-/// The duty to run a round. Dropped at its end, whatever the end is.
+/// The duty to run a round. Dropped before [`Round::succeeded`], it poisons: whoever waits for it must not believe in it.
 #[derive(Debug)]
-pub(crate) struct Round<'a>(&'a Rounds);
+pub(crate) struct Round<'a> {
+    rounds: &'a Rounds,
+    succeeded: bool,
+}
+
+impl Round<'_> {
+    /// Everything in the round's plan is durable.
+    pub(crate) fn succeeded(mut self) {
+        self.succeeded = true;
+    }
+}
 
 impl Rounds {
     /// The round that the caller must run, or `None` once another task has run one that began after this call.
     pub(crate) async fn join(&self) -> Option<Round<'_>> {
-        let mine = locked(&self.0).begun + 1;
-        until(&self.0, |s| {
+        let mine = locked(&self.state).begun + 1;
+        until(&self.state, |s| {
             if s.ended >= mine {
                 Ok(None)
             } else if s.running {
@@ -178,16 +199,26 @@ impl Rounds {
             } else {
                 s.running = true;
                 s.begun += 1;
-                Ok(Some(Round(self)))
+                Ok(Some(Round { rounds: self, succeeded: false }))
             }
         })
         .await
+    }
+
+    /// Whether a round failed.
+    pub(crate) fn is_poisoned(&self) -> bool {
+        self.poisoned.load(Ordering::Acquire)
     }
 }
 
 impl Drop for Round<'_> {
     fn drop(&mut self) {
-        let mut state = locked(&self.0.0);
+        if !self.succeeded {
+            // What the kernel dropped after a failed sync cannot be known, and a second sync would say that all is well.
+            // Not a word of it is believed until the image is opened again.
+            self.rounds.poisoned.store(true, Ordering::Release);
+        }
+        let mut state = locked(&self.rounds.state);
         state.running = false;
         state.ended = state.begun;
         let wakers = state.waiting.take();

@@ -77,11 +77,11 @@ impl Image {
         }
     }
 
-    /// The sparse extents.
-    pub(crate) fn sparse(&self) -> impl Iterator<Item = &Sparse> {
+    /// The sparse extents that may change. The files of the others are not touched, and may not even be open for it.
+    pub(crate) fn writable_sparse(&self) -> impl Iterator<Item = &Sparse> {
         self.extents.iter().filter_map(|e| match &e.layout {
-            Layout::Sparse(s) => Some(&**s),
-            Layout::Flat { .. } | Layout::Zero => None,
+            Layout::Sparse(s) if e.access == Access::Rw => Some(&**s),
+            Layout::Sparse(_) | Layout::Flat { .. } | Layout::Zero => None,
         })
     }
 }

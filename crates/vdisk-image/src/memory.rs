@@ -44,6 +44,8 @@ struct MemoryFile {
     durable: Vec<u8>,
     /// Changes with their sequence numbers, in order.
     pending: Vec<(u64, Change)>,
+    /// Opened read-only by its image.
+    read_only: bool,
 }
 
 /// Files in memory.
@@ -66,7 +68,13 @@ pub struct Memory {
 impl Memory {
     /// Files by name and content. `seed` decides how operations interleave.
     pub fn new(files: Vec<(String, Vec<u8>)>, seed: u64) -> Self {
-        let file = |(name, now): (String, Vec<u8>)| MemoryFile { name, durable: now.clone(), now, pending: Vec::new() };
+        let file = |(name, now): (String, Vec<u8>)| MemoryFile {
+            name,
+            durable: now.clone(),
+            now,
+            pending: Vec::new(),
+            read_only: false,
+        };
         Self {
             files: RefCell::new(files.into_iter().map(file).collect()),
             random: Random::new(seed),
@@ -141,6 +149,10 @@ impl Memory {
     fn change(&self, file: FileId, change: Change) -> io::Result<()> {
         let mut files = self.files.borrow_mut();
         let f = files.get_mut(file.0 as usize).ok_or(io::ErrorKind::NotFound)?;
+        if f.read_only {
+            // EBADF, as the host has it for a descriptor that was not opened for writing.
+            return Err(io::Error::from_raw_os_error(9));
+        }
         let grows_to = match &change {
             Change::Write { offset, bytes } => offset + bytes.len(),
             Change::SetLen(len) => *len,
@@ -246,9 +258,10 @@ impl FileIo for Memory {
 }
 
 impl Files for Memory {
-    fn open(&self, name: &str, _writable: bool) -> io::Result<FileId> {
-        let files = self.files.borrow();
+    fn open(&self, name: &str, writable: bool) -> io::Result<FileId> {
+        let mut files = self.files.borrow_mut();
         let n = files.iter().position(|f| f.name == name).ok_or(io::ErrorKind::NotFound)?;
+        files[n].read_only = !writable;
         Ok(FileId(n as u32))
     }
 

@@ -10,12 +10,14 @@ use crate::image::{Extent, Image, Layout};
 use crate::info::{ExtentInfo, Format, Info};
 use crate::probe::{self, Kind};
 use crate::request::Geometry;
-use crate::sparse::{Sparse, TableBudget};
-use std::sync::Arc;
+use crate::sparse::Sparse;
 use vmdk_parse::{Access, ContentId, Descriptor, ExtentKind, ExtentLine, SECTOR_SIZE, SparseHeader, content_id_places};
 
 /// Memory for grain tables: 16 MiB of them describe 256 GiB of a disk with 64 KiB grains.
 const TABLE_BYTES: usize = 16 << 20;
+
+/// However many extents there are, each gets this much.
+const TABLE_BYTES_AT_LEAST: usize = 64 << 10;
 
 /// How to open an image.
 #[derive(Clone, Debug)]
@@ -41,7 +43,7 @@ impl Disk {
     /// or the host's when a file cannot be opened or read.
     pub async fn open<F: Files>(files: &F, image: FileId, options: &OpenOptions) -> Result<Self, DiskError> {
         let mut opening = Opening::new(files, options);
-        opening.note(image)?;
+        opening.note(image);
         let head = opening.read(image, 0, probe::HEAD).await?;
         let kind = probe::probe(&opening.name(image), opening.len(image)?, &head, options.format)?;
         match kind {
@@ -66,7 +68,8 @@ struct Opening<'a, F: Files> {
     extents: Vec<Extent>,
     sparse_files: Vec<FileId>,
     content_id: Vec<Step>,
-    tables: Arc<TableBudget>,
+    /// Memory for the grain tables of each sparse extent.
+    table_memory: usize,
     info: Info,
 }
 
@@ -89,7 +92,7 @@ impl<'a, F: Files> Opening<'a, F> {
             extents: Vec::new(),
             sparse_files: Vec::new(),
             content_id: Vec::new(),
-            tables: Arc::new(TableBudget::new(TABLE_BYTES)),
+            table_memory: TABLE_BYTES,
             info,
         }
     }
@@ -149,6 +152,8 @@ impl<'a, F: Files> Opening<'a, F> {
         text: &[u8],
     ) -> Result<(), DiskError> {
         self.describe(file, at, descriptor, text)?;
+        let sparse = descriptor.extents.iter().filter(|line| line.kind == ExtentKind::Sparse).count();
+        self.table_memory = (TABLE_BYTES / sparse.max(1)).max(TABLE_BYTES_AT_LEAST);
         for (n, line) in (1..).zip(&descriptor.extents) {
             self.extent(n, line).await?;
         }
@@ -168,7 +173,7 @@ impl<'a, F: Files> Opening<'a, F> {
         let writable = !self.options.read_only && line.access == Access::Rw;
         let file =
             self.files.open(name, writable).map_err(|e| DiskError::host(format!("extent {n}: open \"{name}\""), e))?;
-        self.note(file)?;
+        self.note(file);
         if line.kind == ExtentKind::Sparse {
             let header = self.header(file).await?;
             return self.sparse(line, file, header);
@@ -190,6 +195,7 @@ impl<'a, F: Files> Opening<'a, F> {
 
     fn sparse(&mut self, line: &ExtentLine, file: FileId, header: SparseHeader) -> Result<(), DiskError> {
         let name = self.name(file);
+        let read_only = self.options.read_only || line.access != Access::Rw;
         if header.capacity < line.sectors {
             return Err(DiskError::new(
                 ErrorKind::Corrupt,
@@ -201,9 +207,10 @@ impl<'a, F: Files> Opening<'a, F> {
         }
         let grain = header.grain_bytes();
         self.info.grain_size = Some(self.info.grain_size.map_or(grain, |g| g.max(grain)));
-        let (len, tables) = (self.len(file)?, Arc::clone(&self.tables));
-        let sparse = Sparse::new(file, name, header, len, self.options.read_only, tables)?;
-        self.sparse_files.push(file);
+        let sparse = Sparse::new(file, name, header, line.sectors, self.len(file)?, read_only, self.table_memory)?;
+        if !read_only {
+            self.sparse_files.push(file);
+        }
         self.push(line, Layout::Sparse(Box::new(sparse)), Some(file))
     }
 
@@ -286,7 +293,7 @@ impl<'a, F: Files> Opening<'a, F> {
     }
 
     /// Remembers a file that was opened.
-    fn note(&mut self, file: FileId) -> Result<(), DiskError> {
+    fn note(&mut self, file: FileId) {
         let index = size(u64::from(file.0));
         if index >= self.names.len() {
             self.names.resize(index + 1, String::new());
@@ -294,7 +301,6 @@ impl<'a, F: Files> Opening<'a, F> {
         if let Some(name) = self.names.get_mut(index) {
             *name = self.files.name(file);
         }
-        Ok(())
     }
 
     fn name(&self, file: FileId) -> String {
@@ -324,7 +330,6 @@ impl<'a, F: Files> Opening<'a, F> {
             first_change: FirstChange::new(self.content_id, self.sparse_files),
             zeroout_unmaps: self.options.zeroout_unmaps,
             rounds: Default::default(),
-            poisoned: false.into(),
             loading: Default::default(),
             info: self.info,
         })

@@ -44,11 +44,18 @@ pub(crate) fn probe(name: &str, len: u64, head: &[u8], wanted: Option<Format>) -
     if wanted == Some(Format::Raw) {
         return Ok(Kind::Raw);
     }
-    if head.starts_with(b"KDMV") {
-        return Ok(Kind::SparseExtent);
-    }
-    if looks_like_descriptor(head) {
-        return Ok(Kind::Descriptor);
+    let lower = name.to_ascii_lowercase();
+    let kind = match () {
+        () if head.starts_with(b"KDMV") => Some(Kind::SparseExtent),
+        () if looks_like_descriptor(head) => Some(Kind::Descriptor),
+        () => None,
+    };
+    if let Some(kind) = kind {
+        // Whoever writes to a raw disk can make its first sector look like this, and a descriptor names other files.
+        if wanted.is_none() && !lower.ends_with(".vmdk") {
+            return not("begins like a VMDK but is not named .vmdk: say --format vmdk or --format raw");
+        }
+        return Ok(kind);
     }
     if head.starts_with(b"COWD") {
         return unsupported("is an ESX COWD extent, which is not supported yet: convert it with qemu-img convert");
@@ -69,7 +76,7 @@ pub(crate) fn probe(name: &str, len: u64, head: &[u8], wanted: Option<Format>) -
     if head.get(257..262) == Some(b"ustar") {
         return not("is a tar archive (an OVA?), not an image: unpack it, or --format raw takes its bytes as they are");
     }
-    if name.to_ascii_lowercase().ends_with(".vmdk") && !name.to_ascii_lowercase().ends_with("-flat.vmdk") {
+    if lower.ends_with(".vmdk") && !lower.ends_with("-flat.vmdk") {
         return not(
             "is named .vmdk, but has neither a VMDK header nor a descriptor; --format raw takes it as raw bytes",
         );
@@ -110,6 +117,14 @@ mod tests {
         assert_eq!(probe("a.vmdk", 4096, &head, None).unwrap(), Kind::SparseExtent);
         assert_eq!(probe("a.vmdk", 4096, &head, Some(Format::Raw)).unwrap(), Kind::Raw);
         assert_eq!(probe("a.img", 4096, &[0; 4096], Some(Format::Vmdk)).unwrap_err().kind(), ErrorKind::NotAnImage);
+    }
+
+    #[test]
+    fn what_a_guest_wrote_to_a_raw_disk_is_not_taken_for_a_vmdk() {
+        for head in [b"KDMV".as_slice(), b"# Disk DescriptorFile\n"] {
+            assert!(kind("disk.img", head).unwrap_err().contains("--format"));
+            assert!(kind("disk.vmdk", head).is_ok());
+        }
     }
 
     #[test]

@@ -1,6 +1,6 @@
 //! Reading.
 
-use crate::cache::Cached;
+use crate::cache::{Cached, MAX_GRAIN};
 use crate::disk::{Disk, size};
 use crate::error::DiskError;
 use crate::file_io::{FileId, FileIo};
@@ -79,8 +79,8 @@ impl Disk {
     }
 
     async fn read_run<I: FileIo>(&self, io: &I, run: &Run, buf: &I::Buf) -> Result<(), DiskError> {
-        if let Some(grain) = run.grain.filter(|g| run.len < g.len) {
-            match self.cache.look_up((run.file, grain.start)) {
+        if let Some(grain) = run.grain.filter(|g| run.len < g.len && g.len <= MAX_GRAIN) {
+            match self.cache.look_up((run.file, grain.start), size(grain.len)) {
                 Cached::Hit(bytes) => {
                     let skip = size(run.at - grain.start);
                     if let Some(part) = bytes.get(skip..skip + size(run.len)) {

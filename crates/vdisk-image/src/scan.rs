@@ -1,6 +1,5 @@
 //! Looking through the tables of a sparse extent. Pure, like everything of [`Sparse`].
 
-use crate::error::DiskError;
 use crate::sparse::{MetaRef, Sparse};
 use crate::table::{PAGE_ENTRIES, SECTOR_ENTRIES, Table};
 use crate::wait::locked;
@@ -55,6 +54,13 @@ impl Sparse {
         Ok(runs)
     }
 
+    /// First byte behind every table that a page of the directory or of its copy names, whether the file reaches it or not.
+    pub(crate) fn end_of_tables(&self, page: u64) -> u64 {
+        let Some((loaded, _)) = self.page(page * PAGE_ENTRIES) else { return 0 };
+        let entries = loaded.gd.iter().chain(&loaded.rgd).map(|e| e.load(Ordering::Acquire));
+        entries.filter(|e| *e != 0).max().map_or(0, |e| u64::from(e) * SECTOR_SIZE + self.table_bytes())
+    }
+
     /// First byte behind every grain that the entries name, whether the file reaches it or not.
     pub(crate) fn end_of_entries(&self, table: &[u8]) -> u64 {
         decode_entries(table)
@@ -86,14 +92,17 @@ impl Sparse {
         }
     }
 
-    /// Has both copies of a table written with the next flush.
-    pub(crate) fn rewrite(&self, index: u64, bytes: &[u8]) -> Result<(), DiskError> {
-        self.supply(MetaRef::Table(index), bytes, &[])?;
+    /// Has both copies of a table written with the next flush; `bytes` is what the primary one at byte `at` holds.
+    pub(crate) fn rewrite(&self, index: u64, at: u64, bytes: &[u8]) {
         let mut state = locked(&self.state);
-        let table: Option<Arc<Table>> = self.page(index).and_then(|(p, i)| p.tables.get(i)?.load_full());
-        if table.is_some_and(|t| t.set_all_dirty()) {
+        let Some(slot) = self.page(index).and_then(|(p, i)| p.tables.get(i)) else { return };
+        let table = slot.load_full().unwrap_or_else(|| {
+            let table = Arc::new(Table::new(decode_entries(bytes), at, self.copy_of(index, at)));
+            self.insert_locked(&mut state, index, Arc::clone(&table));
+            table
+        });
+        if table.set_all_dirty() {
             state.dirty.push(index);
         }
-        Ok(())
     }
 }

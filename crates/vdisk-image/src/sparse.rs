@@ -8,9 +8,9 @@ use crate::file_io::FileId;
 use crate::image::{Grain, Mapping};
 use crate::table::{PAGE_ENTRIES, Page, Table, TableCopy};
 use crate::wait::locked;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
-use vmdk_parse::{GrainEntry, SECTOR_SIZE, SparseHeader, decode_entries};
+use vmdk_parse::{GrainEntry, SECTOR_SIZE, Sectors, SparseHeader, decode_entries};
 
 /// A piece of metadata of a sparse extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -19,19 +19,6 @@ pub(crate) enum MetaRef {
     Directory(u64),
     /// A grain table.
     Table(u64),
-}
-
-/// Memory that the grain tables of an image take together, in bytes.
-#[derive(Debug)]
-pub(crate) struct TableBudget {
-    limit: usize,
-    used: AtomicUsize,
-}
-
-impl TableBudget {
-    pub(crate) fn new(limit: usize) -> Self {
-        Self { limit, used: AtomicUsize::new(0) }
-    }
 }
 
 /// A hosted sparse extent.
@@ -53,11 +40,16 @@ pub(crate) struct Sparse {
     pub(crate) file_len: AtomicU64,
     pub(crate) pages: Box<[OnceLock<Page>]>,
     pub(crate) state: Mutex<State>,
-    budget: Arc<TableBudget>,
+    /// Length of the file when it was opened, and where the first space was given out behind everything that any entry
+    /// named. What an entry names in between is not there, however far the file grows.
+    opened_len: u64,
+    pub(crate) first_free: AtomicU64,
+    /// Memory for grain tables in bytes.
+    table_memory: usize,
 }
 
 impl Sparse {
-    /// An extent whose header was decoded, in a file of `file_len` bytes.
+    /// An extent of `sectors` whose header was decoded, in a file of `file_len` bytes. Its tables may take `table_memory` bytes.
     ///
     /// # Errors
     ///
@@ -67,9 +59,10 @@ impl Sparse {
         file: FileId,
         name: String,
         header: SparseHeader,
+        sectors: Sectors,
         file_len: u64,
         read_only: bool,
-        budget: Arc<TableBudget>,
+        table_memory: usize,
     ) -> Result<Self, DiskError> {
         let corrupt = |what: String| DiskError::new(ErrorKind::Corrupt, format!("{name}: {what}"));
         let unsupported = |what: &str| DiskError::new(ErrorKind::Unsupported, format!("{name}: {what}"));
@@ -93,8 +86,9 @@ impl Sparse {
                 header.overhead.0
             )));
         }
-        let tables = header.directory_len();
-        let inside = |at: vmdk_parse::Sectors, what: &str| {
+        // What the header has beyond the extent's own sectors cannot be reached.
+        let tables = header.directory_len().min(sectors.0.div_ceil(header.table_coverage().0));
+        let inside = |at: Sectors, what: &str| {
             at.bytes().filter(|b| *b > 0 && b.checked_add(tables * 4).is_some_and(|end| end <= file_len)).ok_or_else(
                 || corrupt(format!("{what} at sector {} does not lie in the file of {file_len} bytes", at.0)),
             )
@@ -122,7 +116,9 @@ impl Sparse {
             state: Mutex::new(State::default()),
             name,
             header,
-            budget,
+            opened_len: file_len,
+            first_free: AtomicU64::new(u64::MAX),
+            table_memory,
         })
     }
 
@@ -156,16 +152,16 @@ impl Sparse {
             return Ok(Mapping::Zero { len });
         };
         let start = sector.0 * SECTOR_SIZE;
-        let file_len = self.file_len.load(Ordering::Acquire);
-        if sector < self.header.overhead || start >= file_len {
-            let what = if start >= file_len { "past the end of the file" } else { "in the metadata" };
+        let missing = self.is_missing(start, 1);
+        if sector < self.header.overhead || missing {
+            let what = if missing { "past the end of the file" } else { "in the metadata" };
             return Err(DiskError::new(
                 ErrorKind::Corrupt,
                 format!("{}: entry {entry} of grain table {table} points to sector {}, {what}", self.name, sector.0),
             ));
         }
         // Some writers leave the last grain of the file unfinished: what is missing was never written, so it is zero.
-        let there = file_len - start;
+        let there = self.file_len.load(Ordering::Acquire).saturating_sub(start);
         if skip >= there {
             return Ok(Mapping::Zero { len });
         }
@@ -195,6 +191,11 @@ impl Sparse {
         Some((page, usize::try_from(table % PAGE_ENTRIES).ok()?))
     }
 
+    /// Whether the file did not hold these bytes when it was opened, and we did not put them there.
+    fn is_missing(&self, at: u64, len: u64) -> bool {
+        at + len > self.opened_len && at < self.first_free.load(Ordering::Acquire)
+    }
+
     /// What to read (byte offset, bytes) to supply `meta`: one range, or for a directory page with a copy two.
     ///
     /// # Errors
@@ -217,13 +218,12 @@ impl Sparse {
     /// Byte offset of a table from its directory entry, checked to lie in the file.
     pub(crate) fn table_at(&self, table: u64, gde: u32) -> Result<u64, DiskError> {
         let at = u64::from(gde) * SECTOR_SIZE;
-        let file_len = self.file_len.load(Ordering::Acquire);
-        if gde == 0 || at + self.table_bytes() > file_len {
+        if gde == 0 || self.is_missing(at, self.table_bytes()) {
             return Err(DiskError::new(
                 ErrorKind::Corrupt,
                 format!(
-                    "{}: grain table {table} at sector {gde} does not lie in the file of {file_len} bytes",
-                    self.name
+                    "{}: grain table {table} at sector {gde} does not lie in the file of {} bytes",
+                    self.name, self.opened_len
                 ),
             ));
         }
@@ -245,12 +245,8 @@ impl Sparse {
             }
             MetaRef::Table(table) => {
                 let (at, _, _) = self.place_of(meta)?;
-                let copy = match (self.rgd_at, self.copy_at(table)) {
-                    (None, _) => TableCopy::None,
-                    (Some(_), Some(copy_at)) if copy_at != at => TableCopy::At(copy_at),
-                    _ => TableCopy::Broken,
-                };
-                self.insert(table, Arc::new(Table::new(decode_entries(bytes), at, copy)));
+                let new = Arc::new(Table::new(decode_entries(bytes), at, self.copy_of(table, at)));
+                self.insert_locked(&mut locked(&self.state), table, new);
             }
         }
         Ok(())
@@ -266,24 +262,27 @@ impl Sparse {
         }
     }
 
-    /// Counts a table that comes into memory.
-    pub(crate) fn charge(&self, table: &Table) {
-        self.budget.used.fetch_add(table.weight(), Ordering::Relaxed);
+    /// The redundant copy of the table at byte `at`.
+    pub(crate) fn copy_of(&self, table: u64, at: u64) -> TableCopy {
+        match (self.rgd_at, self.copy_at(table)) {
+            (None, _) => TableCopy::None,
+            (Some(_), Some(copy_at)) if copy_at != at => TableCopy::At(copy_at),
+            _ => TableCopy::Broken,
+        }
     }
 
     /// Puts a table into memory and, over budget, the one out that was not used for longest (second chance).
     ///
     /// An exact LRU would need a lock on every look-up; the clock needs a bit.
-    pub(crate) fn insert(&self, table: u64, new: Arc<Table>) {
+    pub(crate) fn insert_locked(&self, state: &mut State, table: u64, new: Arc<Table>) {
         let Some((page, index)) = self.page(table) else { return };
-        let mut state = locked(&self.state);
         let Some(slot) = page.tables.get(index).filter(|s| s.load().is_none()) else { return };
-        self.charge(&new);
+        state.table_bytes += new.weight();
         slot.store(Some(new));
         state.clock.push_back(table);
         // Each table is looked at twice at most: once for its second chance, once to go.
         for _ in 0..2 * state.clock.len() {
-            if self.budget.used.load(Ordering::Relaxed) <= self.budget.limit {
+            if state.table_bytes <= self.table_memory {
                 break;
             }
             let Some(oldest) = state.clock.pop_front() else { break };
@@ -293,7 +292,7 @@ impl Sparse {
                 state.clock.push_back(oldest);
             } else {
                 slot.store(None);
-                self.budget.used.fetch_sub(old.weight(), Ordering::Relaxed);
+                state.table_bytes -= old.weight();
             }
         }
     }

@@ -5,5 +5,6 @@
 mod crash;
 mod faults;
 mod fixtures;
+mod hostile;
 mod model;
 mod opening;

@@ -35,9 +35,14 @@ impl Disk {
             let mut obstacle = None;
             while done < len && obstacle.is_none() {
                 let place = self.image.locate(offset + done, len - done)?;
-                match plan(place, done, &mut batch)? {
-                    Ok(planned) => done += planned,
-                    Err(o) => obstacle = Some(o),
+                match plan(place, done, &mut batch) {
+                    Ok(Ok(planned)) => done += planned,
+                    Ok(Err(o)) => obstacle = Some(o),
+                    Err(e) => {
+                        // Nothing was written: the places read as zeroes as before.
+                        batch.tickets.into_iter().for_each(Ticket::give_back);
+                        return Err(e);
+                    }
                 }
             }
             // What is planned is written before anything is waited for: who waits holds no ticket, so that no two
@@ -70,9 +75,11 @@ impl Disk {
                 ticket.publish();
                 continue;
             }
-            // The place holds a part of the data at most. It can be given out again once it reads as zeroes.
+            // The place may hold a part of the data. On a full host it can be given out again once it reads as zeroes; one
+            // that could not be written for another reason is better left alone.
             let (at, len) = ticket.place();
-            if io.punch_hole(ticket.file(), at, len).await.is_ok() {
+            let full = result.as_ref().is_err_and(|e| e.kind() == ErrorKind::NoSpace);
+            if full && io.punch_hole(ticket.file(), at, len).await.is_ok() {
                 ticket.give_back();
             }
         }

@@ -16,6 +16,12 @@ use std::sync::atomic::Ordering;
 /// Pieces that are zeroed at the same time: a discard of a gigabyte has thousands.
 const AT_ONCE: usize = 32;
 
+/// And so many bytes: one piece may be many grains.
+const BYTES_AT_ONCE: u64 = 64 << 20;
+
+/// A range of whole blocks of this size is one that no host refuses for its alignment.
+const BLOCK: u64 = 4096;
+
 /// Zeroes are written in pieces of this size where the host offers nothing better.
 const ZEROES: u64 = 256 << 10;
 
@@ -49,8 +55,9 @@ impl Disk {
         while done < len {
             let mut runs = Runs::new();
             let mut stale: Vec<GrainKey> = Vec::new();
-            while done < len && runs.len() < AT_ONCE {
-                let place = self.image.locate(offset + done, len - done)?;
+            let enough = len.min(done + BYTES_AT_ONCE);
+            while done < enough && runs.len() < AT_ONCE {
+                let place = self.image.locate(offset + done, enough - done)?;
                 place.check_writable()?;
                 match place.map()? {
                     Mapping::NeedMeta(meta) => self.load_at(io, place, meta).await?,
@@ -79,8 +86,11 @@ impl Disk {
         let failed = |what: &str, e: io::Error| {
             DiskError::host(format!("{what} {} bytes at {} of {}", run.len, run.at, file.name), e)
         };
+        // A block device refuses what is no multiple of its blocks, and only that.
+        let whole_blocks = (run.at | run.len).is_multiple_of(BLOCK);
         if how != Zeroing::Keep && !file.cannot_punch.load(Ordering::Relaxed) {
             match io.punch_hole(run.file, run.at, run.len).await {
+                Err(e) if e.kind() == io::ErrorKind::Unsupported && !whole_blocks => {}
                 Err(e) if e.kind() == io::ErrorKind::Unsupported => {
                     tracing::warn!(
                         file = file.name,
@@ -96,6 +106,7 @@ impl Disk {
         }
         if !file.cannot_zero.load(Ordering::Relaxed) {
             match io.zero_range(run.file, run.at, run.len).await {
+                Err(e) if e.kind() == io::ErrorKind::Unsupported && !whole_blocks => {}
                 Err(e) if e.kind() == io::ErrorKind::Unsupported => file.cannot_zero.store(true, Ordering::Relaxed),
                 result => return result.map_err(|e| failed("zero", e)),
             }
