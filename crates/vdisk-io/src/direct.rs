@@ -18,8 +18,14 @@ pub(crate) struct Direct {
     file_align: u64,
 }
 
+/// The smallest unit of requests in bytes.
+const SECTOR: u64 = 512;
+
 impl Direct {
-    /// Opens the file of `buffered` once more; `None`, with a warning, where that cannot be done.
+    /// Opens the file of `buffered` once more; `None`, with a warning, where that cannot be done, or not for every sector.
+    ///
+    /// Requests come in sectors. Were some of them direct and their neighbours in the same page not, the page cache could not be
+    /// kept in step: the kernel then fails the next fsync (seen on ext4: "Page cache invalidation failure on direct I/O").
     pub(crate) fn reopen(buffered: &File, path: &Path, writable: bool) -> Option<Self> {
         let access = if writable { OFlag::O_RDWR } else { OFlag::O_RDONLY };
         // The link leads to the very file, whatever its name has come to mean: proc_pid_fd(5).
@@ -29,6 +35,13 @@ impl Direct {
             Ok(fd) => {
                 let file = File::from(fd);
                 let (memory_align, file_align) = alignment(&file);
+                if file_align > SECTOR {
+                    tracing::warn!(
+                        "{}: direct I/O takes units of {file_align} bytes: using the page cache",
+                        path.display()
+                    );
+                    return None;
+                }
                 Some(Self { file, memory_align, file_align })
             }
             Err(e) => {

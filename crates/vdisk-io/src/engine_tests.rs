@@ -32,7 +32,8 @@ impl Place {
 
     fn open(&self, direct_io: bool) -> (Arc<FileSet>, FileId) {
         let (files, id) =
-            HostFiles::open(&self.path, OpenMode { writable: true, trust_paths: false, direct_io, unlocked: false }).unwrap();
+            HostFiles::open(&self.path, OpenMode { writable: true, trust_paths: false, direct_io, unlocked: false })
+                .unwrap();
         (files.into_set(), id)
     }
 }
