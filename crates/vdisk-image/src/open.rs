@@ -11,6 +11,7 @@ use crate::info::{ExtentInfo, Format, Info};
 use crate::probe::{self, Kind};
 use crate::request::Geometry;
 use crate::sparse::Sparse;
+use std::ops::Range;
 use vmdk_parse::{Access, ContentId, Descriptor, ExtentKind, ExtentLine, SECTOR_SIZE, SparseHeader, content_id_places};
 
 /// Memory for grain tables: 16 MiB of them describe 256 GiB of a disk with 64 KiB grains.
@@ -248,13 +249,19 @@ impl<'a, F: Files> Opening<'a, F> {
             return unsupported("has change tracking, which a write would break: use --read-only".to_owned());
         }
         let places = content_id_places(text);
-        let id = ContentId(self.options.new_content_id).to_string().into_bytes();
-        if places.cid.is_none() {
-            self.info.notices.push("the descriptor has no CID of 8 digits: it is not changed on writing".to_owned());
-        }
-        for place in [places.cid, places.long_content_id_tail].into_iter().flatten() {
-            let offset = at + place.start as u64;
-            self.content_id.push(Step::Write { file, offset, bytes: id.clone() });
+        let Some(cid) = places.cid else {
+            self.info.notices.push("the descriptor has no single CID: it is not changed on writing".to_owned());
+            return Ok(());
+        };
+        // In place, so as many digits as there are: a text that moved could be torn by a crash.
+        let digits = cid.len();
+        let id = ContentId(self.options.new_content_id & (u32::MAX >> (32 - 4 * digits.clamp(1, 8))));
+        let mut put = |place: Range<usize>, text: String| {
+            self.content_id.push(Step::Write { file, offset: at + place.start as u64, bytes: text.into_bytes() });
+        };
+        put(cid, format!("{:0digits$x}", id.0));
+        if let Some(tail) = places.long_content_id_tail {
+            put(tail, id.to_string());
         }
         Ok(())
     }

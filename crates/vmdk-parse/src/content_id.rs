@@ -2,7 +2,7 @@
 
 use crate::descriptor_text::{Span, lines, text};
 use std::fmt;
-use std::ops::Range;
+use std::ops::{Range, RangeInclusive};
 
 /// A content ID: a random number that changes when the content of a disk first changes after each opening
 /// (VMware Virtual Disk Format 1.1, "The Header", `CID`). Written as 8 lower-case hexadecimal digits.
@@ -15,7 +15,7 @@ impl ContentId {
     /// What `parentCID` says where there is no parent. Not to be chosen as the ID of a disk.
     pub const NO_PARENT: Self = Self(0xffff_ffff);
 
-    /// Reads 1 to 8 hexadecimal digits: old QEMU left out leading zeroes.
+    /// Reads 1 to 8 hexadecimal digits: QEMU leaves out leading zeroes.
     pub(crate) fn parse(text: &str) -> Option<Self> {
         let digits = (1..=8).contains(&text.len()) && text.bytes().all(|byte| byte.is_ascii_hexdigit());
         if digits { u32::from_str_radix(text, 16).ok().map(Self) } else { None }
@@ -28,12 +28,13 @@ impl fmt::Display for ContentId {
     }
 }
 
-/// Where a content ID stands in the text of a descriptor, for a writer that replaces 8 digits and nothing else.
-/// All ranges are of 8 bytes.
+/// Where a content ID stands in the text of a descriptor, for a writer that replaces these digits by as many others and nothing
+/// else.
 #[derive(Clone, Debug, PartialEq, Eq, Default)]
 pub struct ContentIdPlaces {
     /// The digits of `CID`; `None` if there is no such key, if there are several (a writer that changed one of them
-    /// would make the descriptor contradict itself), or if its value is not exactly 8 hexadecimal digits.
+    /// would make the descriptor contradict itself), or if its value is not 1 to 8 hexadecimal digits. QEMU leaves out leading
+    /// zeroes, so one image in sixteen has fewer than 8.
     pub cid: Option<Range<usize>>,
     /// The last 8 digits of `ddb.longContentID`, which repeat the CID in disks that VMware writes to; `None` if
     /// there is no such key, if there are several, or if its value is not exactly 32 hexadecimal digits.
@@ -45,14 +46,14 @@ pub struct ContentIdPlaces {
 /// same, unless it is too long.
 pub fn content_id_places(bytes: &[u8]) -> ContentIdPlaces {
     let Ok(text) = text(bytes) else { return ContentIdPlaces::default() };
-    let place = |name: &str, digits: usize| {
+    let place = |name: &str, digits: RangeInclusive<usize>| {
         let mut values = lines(text).filter_map(|(_, line)| value_of(line, name));
         let value = values.next()?.unquote()?;
-        let exact = value.bytes.len() == digits && value.bytes.iter().all(u8::is_ascii_hexdigit);
+        let exact = digits.contains(&value.bytes.len()) && value.bytes.iter().all(u8::is_ascii_hexdigit);
         let alone = values.next().is_none();
-        (exact && alone).then(|| value.split_at(digits.saturating_sub(8)).1.range())
+        (exact && alone).then(|| value.split_at(value.bytes.len().saturating_sub(8)).1.range())
     };
-    ContentIdPlaces { cid: place("CID", 8), long_content_id_tail: place("ddb.longContentID", 32) }
+    ContentIdPlaces { cid: place("CID", 1..=8), long_content_id_tail: place("ddb.longContentID", 32..=32) }
 }
 
 fn value_of<'a>(line: Span<'a>, name: &str) -> Option<Span<'a>> {
@@ -97,13 +98,13 @@ mod tests {
         );
         assert_eq!(places(&text), (Some("A454774a"), Some("89ABCDEF")));
         assert_eq!(places("CID=12345678"), (Some("12345678"), None));
+        assert_eq!(places("CID=234567"), (Some("234567"), None));
         assert_eq!(places("CID=12345678\0CID=87654321"), (Some("12345678"), None));
     }
 
     #[test]
     fn has_no_place_for_a_value_of_another_length() {
-        for text in ["", "CID=", "CID=1234567", "CID=123456789", "CID=1234567g", "CID=\"12345678", "parentCID=12345678"]
-        {
+        for text in ["", "CID=", "CID=123456789", "CID=1234567g", "CID=\"12345678", "parentCID=12345678"] {
             assert_eq!(places(text), (None, None), "{text:?}");
         }
         for digits in [8, 31, 33] {

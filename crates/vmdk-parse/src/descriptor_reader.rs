@@ -384,12 +384,12 @@ mod tests {
         }
 
         #[test]
-        fn places_are_8_digits_within_the_input(lines in prop::collection::vec(any_line(), 0..6)) {
+        fn places_are_digits_within_the_input(lines in prop::collection::vec(any_line(), 0..6)) {
             let text = lines.join("\r\n");
             let places = crate::content_id_places(text.as_bytes());
             for range in [places.cid, places.long_content_id_tail].into_iter().flatten() {
                 prop_assert!(text[range.clone()].bytes().all(|byte| byte.is_ascii_hexdigit()));
-                prop_assert_eq!(range.len(), 8);
+                prop_assert!((1..=8).contains(&range.len()));
             }
         }
     }

@@ -148,3 +148,16 @@ fn sixty_four_megabytes_make_few_syncs() {
     });
     assert!(memory.syncs() <= 4, "{} syncs", memory.syncs());
 }
+
+/// QEMU leaves out the leading zeroes of a CID.
+#[test]
+fn a_short_content_id_is_replaced_by_one_as_short() {
+    let mut files = image(super::fixtures::Shape::Split);
+    let text = String::from_utf8(files[0].1.clone()).unwrap().replace("CID=0badcafe", "CID=badcafe");
+    files[0].1 = text.into_bytes();
+    let memory = Memory::new(files, 3);
+    let disk = open(&memory).unwrap();
+    run(write(&disk, &memory, 0, &[1; 512])).unwrap();
+    let text = String::from_utf8(memory.files()[0].1.clone()).unwrap();
+    assert!(text.contains("CID=2345678\n") && text.contains("8899aabb02345678\""), "{text}");
+}
