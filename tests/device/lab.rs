@@ -12,12 +12,12 @@ pub(crate) fn transport() -> String {
 }
 
 /// A directory of the test's own on a file system that punches holes.
-pub(crate) struct Lab(tempfile::TempDir);
+pub(crate) struct Lab(tempfile::TempDir, Instant);
 
 impl Lab {
     pub(crate) fn new() -> Self {
         let scratch = std::env::var_os("VDISK_SCRATCH").map_or_else(std::env::temp_dir, PathBuf::from);
-        Self(tempfile::tempdir_in(scratch).unwrap())
+        Self(tempfile::tempdir_in(scratch).unwrap(), Instant::now())
     }
 
     pub(crate) fn path(&self) -> &Path {
@@ -89,6 +89,13 @@ impl Lab {
         let sum = self.sha256("qemu.raw");
         self.sh("rm qemu.raw");
         sum
+    }
+}
+
+impl Drop for Lab {
+    /// Under an emulated processor it matters where the time goes.
+    fn drop(&mut self) {
+        println!("took {:.1} s", self.1.elapsed().as_secs_f32());
     }
 }
 
