@@ -93,8 +93,11 @@ struct Serve {
 
 impl Serve {
     fn start(args: &[&str]) -> Self {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_vdisk"));
-        let mut child = command.arg("serve").args(args).stderr(Stdio::piped()).spawn().unwrap();
+        Self::of(Command::new(env!("CARGO_BIN_EXE_vdisk")).arg("serve").args(args))
+    }
+
+    fn of(command: &mut Command) -> Self {
+        let mut child = command.stderr(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stderr.as_mut().unwrap()).read_line(&mut line).unwrap();
         let uri = line.strip_prefix("vdisk: listening on ").unwrap_or_else(|| panic!("{line}")).trim_end().to_owned();
@@ -285,6 +288,21 @@ fn what_is_written_to_a_served_vmdk_is_there_for_qemu_after_sigint() {
     succeed("qemu-img", &["compare", "-f", "raw", "-F", "vmdk", &raw, &image]);
     let info: serde_json::Value = serde_json::from_slice(&vdisk(&["info", "--json", &image]).stdout).unwrap();
     assert_eq!(info["clean"], true);
+}
+
+#[test]
+fn serve_ends_with_sighup_unless_it_was_started_to_ignore_it() {
+    let scratch = Scratch::new();
+    let image = scratch.file("disk.img", &pattern(1 << 20));
+    Serve::start(&[&image, "--socket", &scratch.path("s")]).stop("-HUP");
+    let nohup = format!("trap '' HUP; exec {} \"$@\"", env!("CARGO_BIN_EXE_vdisk"));
+    let mut command = Command::new("sh");
+    command.args(["-c", &nohup, "sh", "serve", &image, "--socket", &scratch.path("t")]);
+    let mut server = Serve::of(&mut command);
+    succeed("kill", &["-HUP", &server.child.id().to_string()]);
+    std::thread::sleep(std::time::Duration::from_millis(200));
+    assert!(server.child.try_wait().unwrap().is_none());
+    server.stop("-TERM");
 }
 
 #[test]

@@ -4,11 +4,13 @@ use std::env;
 use std::io::{self, BufRead, BufReader, IsTerminal, Write};
 use std::os::unix::process::CommandExt;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::failure::{Exit, Failure, Result};
-use crate::options::ImageOptions;
-use crate::report::Report;
+use crate::options::{DirectIo, ImageOptions};
+use crate::report::{RECEIPT, Report};
 use crate::state::StateDir;
 use crate::transport::{Choice, DeviceOptions};
 use crate::{partitions, server};
@@ -19,6 +21,10 @@ use crate::{partitions, server};
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) image: ImageOptions,
+    /// Go around the host's page cache (auto: where the file can). `vdisk serve` never does: its clients may ask for single
+    /// bytes, and direct and cached I/O in one page do not mix
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t = DirectIo::Auto)]
+    pub(crate) direct_io: DirectIo,
     /// ublk makes /dev/ublkbN, nbd /dev/nbdN; auto takes the first of them that this kernel has
     #[arg(long, value_enum, default_value_t = Choice::Auto)]
     pub(crate) transport: Choice,
@@ -52,13 +58,46 @@ pub(crate) fn run(args: &Args, verbose: bool, ready_pipe: bool) -> Result<()> {
             for text in notices {
                 crate::notice(&text);
             }
-            show(&device)
+            let receipt = child.stdin.take();
+            let printed = crate::print_all(&format!("{}\n", device.display()));
+            if let Err(failure) = printed {
+                // Without the receipt the process takes the device away.
+                drop(receipt);
+                return Err(after_end(&mut child, failure));
+            }
+            if let Some(mut pipe) = receipt {
+                // Fails if the process was ended already: `list` tells.
+                let _ = pipe.write_all(RECEIPT);
+            }
+            show_partitions(&device);
+            Ok(())
         }
         Report::Failed { no_transport, text } => {
-            // Only when it has gone is nothing left behind.
-            let _ = child.wait();
             let exit = if no_transport { Exit::NoTransport } else { Exit::Failed };
-            Err(Failure::new(text).with_exit(exit))
+            Err(after_end(&mut child, Failure::new(text).with_exit(exit)))
+        }
+    }
+}
+
+/// How long a process may take to end that has nothing to serve.
+const END: Duration = Duration::from_secs(15);
+
+/// A failure that is told when the process has ended: only then is nothing left behind.
+fn after_end(child: &mut Child, failure: Failure) -> Failure {
+    match ended(child, END) {
+        Some(_) => failure,
+        None => failure.hint(format_args!("pid {} does not end", child.id())),
+    }
+}
+
+/// Waits for the end of a process.
+fn ended(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
+    let deadline = Instant::now() + limit;
+    loop {
+        match child.try_wait() {
+            Ok(Some(status)) => return Some(status),
+            Ok(None) if Instant::now() < deadline => thread::sleep(Duration::from_millis(10)),
+            Ok(None) | Err(_) => return None,
         }
     }
 }
@@ -69,7 +108,7 @@ fn spawn() -> io::Result<Child> {
         .arg0("vdisk")
         .arg("--ready-pipe")
         .args(env::args_os().skip(1))
-        .stdin(Stdio::null())
+        .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())
         .spawn()
@@ -84,20 +123,37 @@ fn await_report(child: &mut Child) -> Result<Report> {
     if let Some(Err(e)) = read {
         tracing::debug!("reading the report: {e}");
     }
-    let status = child.wait().map_err(|e| Failure::doing("wait for the serving process", &e))?;
+    let status = ended(child, END);
     let log = StateDir::host().path().join(format!("{}.log", child.id()));
-    let failure = Failure::new(format!("the serving process ended without a word: {status}"));
+    let failure = Failure::new(match status {
+        Some(status) => format!("the serving process ended without a word: {status}"),
+        None => format!("the serving process says nothing, and pid {} does not end", child.id()),
+    });
     Err(match log.exists() {
         true => failure.hint(format_args!("its log: {}", log.display())),
         false => failure.hint(format_args!("its log: journalctl _PID={}", child.id())),
     })
 }
 
-fn show(device: &Path) -> Result<()> {
-    crate::print(&format!("{}\n", device.display()))?;
+/// For people at a terminal.
+fn show_partitions(device: &Path) {
     if io::stderr().is_terminal() {
         let name = device.file_name().and_then(|n| n.to_str()).unwrap_or_default();
         let _ = write!(io::stderr(), "{}", partitions::table(&partitions::of(name)));
     }
-    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_does_not_end_is_given_up_and_named() {
+        let mut child = Command::new("sleep").arg("1000").spawn().unwrap();
+        assert_eq!(ended(&mut child, Duration::from_millis(20)), None);
+        child.kill().unwrap();
+        let failure = after_end(&mut child, Failure::new("why"));
+        assert_eq!(failure.to_string(), "why");
+        assert!(ended(&mut child, Duration::ZERO).is_some());
+    }
 }

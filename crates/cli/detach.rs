@@ -12,7 +12,7 @@ use rustix::fs::OFlags;
 use crate::failure::{Failure, Result};
 use crate::in_use::Tree;
 use crate::process::Process;
-use crate::state::{State, StateDir};
+use crate::state::{Books, State, StateDir};
 
 /// Remove a device once it is flushed and its image closed
 #[derive(Debug, clap::Args)]
@@ -45,15 +45,19 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<(), (String, Failure)> {
         return Err(about(Failure::new("needs root: use sudo")));
     }
     let dir = StateDir::host();
-    let states = dir.list().map_err(about)?;
+    let (states, unread) = dir.read_all().map_err(about)?;
     if !args.all {
-        return detach(&dir, find(what, states).map_err(about)?, args.force).map_err(about);
+        unread.iter().for_each(|failure| crate::notice(&failure.to_string()));
+        return detach(dir, find(what, states).map_err(about)?, args.force).map_err(about);
     }
-    let mut last = Ok(());
-    for state in states {
+    let unread = unread.into_iter().map(|failure| about(failure.hint("what it describes may still be attached")));
+    let failed = states.into_iter().filter_map(|state| {
         let name = format!("detach {}", state.device.display());
-        let Err(failure) = detach(&dir, state, args.force) else { continue };
-        if let Err((name, failure)) = std::mem::replace(&mut last, Err((name, failure))) {
+        detach(dir, state, args.force).err().map(|failure| (name, failure))
+    });
+    let mut last = Ok(());
+    for failure in unread.chain(failed) {
+        if let Err((name, failure)) = std::mem::replace(&mut last, Err(failure)) {
             crate::complain(&name, &failure);
         }
     }
@@ -80,18 +84,27 @@ fn find(what: &Path, states: Vec<State>) -> Result<State> {
 fn detach(dir: &StateDir, state: State, force: bool) -> Result<()> {
     let Some(server) = state.process()? else { return detach_dead(dir, &state, force) };
     // Held until the server has gone, so that nobody mounts it in between.
-    let _claim = if force { None } else { claim(&state)? };
+    let claim = if force { None } else { claim(&state)? };
     server.terminate().map_err(|e| Failure::doing(format_args!("stop pid {}", state.pid), &e))?;
-    let killed = wait(&server, &state, force).map_err(|e| Failure::doing("wait for the server", &e))?;
-    drop(_claim);
+    let end = wait(&server, &state, force).map_err(|e| Failure::doing("wait for the server", &e))?;
+    drop(claim);
     // It takes its state file away as its last step.
-    let Some(left) = dir.reread(&state) else { return Ok(()) };
-    clear(dir, &left)?;
+    let books = dir.lock()?;
+    let Some(left) = books.reread(&state) else { return Ok(()) };
+    let cleared = clear(&books, &left);
+    if end == End::Never {
+        let text = format!("pid {} does not end", left.pid);
+        return Err(match cleared {
+            Ok(()) => Failure::new(text).hint("its device was removed all the same"),
+            Err(failure) => Failure::new(format!("{text}: {failure}")),
+        });
+    }
+    cleared?;
     match &left.error {
         Some(error) => Err(Failure::new(format!("its server failed: {error}")).hint(log_of(&left))),
         None if force => {
-            let end = if killed { "did not answer and was ended" } else { "had died" };
-            crate::notice(&format!("pid {} {end}: what was not flushed is lost", left.pid));
+            let how = if end == End::Killed { "did not answer and was ended" } else { "had died" };
+            crate::notice(&format!("pid {} {how}: what was not flushed is lost", left.pid));
             crate::logging::discard(&left.log);
             Ok(())
         }
@@ -103,15 +116,18 @@ fn detach(dir: &StateDir, state: State, force: bool) -> Result<()> {
 
 /// The server is dead, and with it what it had not flushed; the device may still be there.
 fn detach_dead(dir: &StateDir, state: &State, force: bool) -> Result<()> {
+    let books = dir.lock()?;
+    // Somebody else was faster, and the device may be another's by now.
+    let Some(state) = books.reread(state) else { return Ok(()) };
     // Looked up without opening the device: an open could hang, as nobody answers.
-    let users = Tree::of(state.device_name()).lasting_users();
+    let users = Tree::of_state(&state).lasting_users();
     if !users.is_empty() && !force {
         let text = format!("its server (pid {}) is dead, and {}", state.pid, users.join(", "));
         return Err(Failure::new(text).hint("unmount it, or use --force"));
     }
-    clear(dir, state)?;
+    clear(&books, &state)?;
     match &state.error {
-        Some(error) => Err(Failure::new(format!("its server failed: {error}")).hint(log_of(state))),
+        Some(error) => Err(Failure::new(format!("its server failed: {error}")).hint(log_of(&state))),
         None => {
             crate::logging::discard(&state.log);
             Ok(())
@@ -119,10 +135,13 @@ fn detach_dead(dir: &StateDir, state: &State, force: bool) -> Result<()> {
     }
 }
 
-/// Removes a dead server's device and state file.
-pub(crate) fn clear(dir: &StateDir, state: &State) -> Result<()> {
-    state.transport.remove(state)?;
-    dir.remove(state)
+/// Removes a dead server's device and state file, unless they are another's by now.
+pub(crate) fn clear(books: &Books<'_>, state: &State) -> Result<()> {
+    let Some(state) = books.reread(state) else { return Ok(()) };
+    if !state.device_gone {
+        state.transport.remove(&state)?;
+    }
+    books.remove(&state)
 }
 
 fn log_of(state: &State) -> String {
@@ -169,16 +188,25 @@ fn is_gone(e: &io::Error) -> bool {
     e.raw_os_error().is_some_and(|errno| gone.contains(&errno))
 }
 
-/// Waits until the server has exited. Whether it had to be killed.
-fn wait(server: &Process, state: &State, force: bool) -> io::Result<bool> {
+/// How a server ended.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum End {
+    Itself,
+    Killed,
+    /// Not even when it was killed.
+    Never,
+}
+
+/// Waits until the server has exited, by force in bounded time.
+fn wait(server: &Process, state: &State, force: bool) -> io::Result<End> {
     if server.wait(if force { FORCED } else { PATIENCE })? {
-        return Ok(false);
+        return Ok(End::Itself);
     }
     if force {
         server.kill()?;
-    } else {
-        crate::notice(&format!("waiting for pid {} to flush {} (--force ends it)", state.pid, state.image));
+        return Ok(if server.wait(FORCED)? { End::Killed } else { End::Never });
     }
+    crate::notice(&format!("waiting for pid {} to flush {} (--force ends it)", state.pid, state.image));
     while !server.wait(Duration::from_secs(3600))? {}
-    Ok(force)
+    Ok(End::Itself)
 }

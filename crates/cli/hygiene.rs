@@ -1,8 +1,8 @@
 //! What a process must do that serves a block device of the host it runs on.
 
-use std::collections::HashSet;
+use std::env;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
@@ -27,13 +27,54 @@ pub(crate) fn leave_mounts() -> nix::Result<()> {
     unshare(CloneFlags::CLONE_NEWNS)?;
     mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>)?;
     // From here on no change to the mounts is seen outside.
-    let keep: HashSet<&str> = HashSet::from(["/", "/proc", "/sys", "/dev", "/run"]);
+    let needed = needed();
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     for place in mounts.lines().rev().filter_map(crate::in_use::parse).map(|mount| mount.place) {
+        let place = Path::new(&place);
         // Fails for what went away with the mount it was on.
-        if !keep.contains(place.as_str()) {
-            let _ = umount2(Path::new(&place), MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
+        if !holds_any(place, &needed) {
+            let _ = umount2(place, MntFlags::MNT_DETACH | MntFlags::UMOUNT_NOFOLLOW);
         }
     }
     Ok(())
+}
+
+/// What is used after the mounts have gone: kernel file systems, the books, the journal, the service manager's socket. In
+/// containers any of these may be a mount of its own.
+fn needed() -> Vec<PathBuf> {
+    let fixed =
+        ["/proc", "/sys", "/dev", "/run/vdisk", "/run/vdisk.lock", "/run/ublksrvd", "/run/systemd/journal/socket"];
+    let notify = env::var_os("NOTIFY_SOCKET").map(PathBuf::from).filter(|path| path.is_absolute());
+    fixed.into_iter().map(PathBuf::from).chain(notify).collect()
+}
+
+/// Whether one of the paths goes through `place`.
+fn holds_any(place: &Path, paths: &[PathBuf]) -> bool {
+    paths.iter().any(|path| path.starts_with(place))
+}
+
+/// Closes the descriptors that whoever started this process left open: a background process would hold the other ends of
+/// pipes for as long as it serves. To be called before it opens anything itself.
+pub(crate) fn close_inherited() {
+    let open = fs::read_dir("/proc/self/fd").into_iter().flatten().flatten();
+    let open: Vec<i32> = open.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+    for fd in open.into_iter().filter(|fd| *fd > 2) {
+        // Fails for the one that the directory was read by.
+        let _ = nix::unistd::close(fd);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn keeps_the_mounts_of_the_books_and_of_the_journal_only() {
+        let needed = needed();
+        let kept = |place| holds_any(Path::new(place), &needed);
+        assert!(
+            ["/", "/proc", "/dev", "/run", "/run/vdisk", "/run/systemd", "/run/systemd/journal"].into_iter().all(kept)
+        );
+        assert!(!["/home", "/run/media/me/stick", "/run/user/1000", "/dev/pts", "/run/vdisk2"].into_iter().any(kept));
+    }
 }

@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 use rustix::fs::{AtFlags, CWD, FileType, StatxFlags, statx};
 
 use crate::process;
+use crate::state::State;
 
 /// A device with its partitions.
+#[derive(Default)]
 pub(crate) struct Tree {
     /// Names and numbers; the whole device comes first.
     nodes: Vec<(String, Number)>,
@@ -32,6 +34,11 @@ impl Tree {
         Self { nodes: whole.into_iter().chain(partitions).collect() }
     }
 
+    /// What is there of a device in the books. If it is gone, what has its name by now is another's.
+    pub(crate) fn of_state(state: &State) -> Self {
+        if state.device_gone { Self::default() } else { Self::of(state.device_name()) }
+    }
+
     fn name_of(&self, number: Number) -> Option<&str> {
         self.nodes.iter().find(|(_, n)| *n == number).map(|(name, _)| name.as_str())
     }
@@ -41,7 +48,7 @@ impl Tree {
         self.nodes.iter().find(|(n, _)| n == name).map(|(name, _)| name.as_str())
     }
 
-    /// Uses that last: mounts, holders (dm, md, ...), swap. Each is a text for a message.
+    /// Uses that last: mounts, holders (dm, md, ...), loop devices, swap. Each is a text for a message.
     pub(crate) fn lasting_users(&self) -> Vec<String> {
         let mut users = self.mounts();
         for (name, _) in &self.nodes {
@@ -50,11 +57,26 @@ impl Tree {
                 users.push(format!("{name} is held by {}", holder.file_name().to_string_lossy()));
             }
         }
+        users.extend(self.loops(Path::new("/sys/block")));
         let swaps = fs::read_to_string("/proc/swaps").unwrap_or_default();
         for file in swaps.lines().skip(1).filter_map(|line| line.split_ascii_whitespace().next()) {
             let file = unescape(file);
             if let Some(name) = rdev(Path::new(&file)).and_then(|n| self.name_of(n)) {
                 users.push(format!("{name} is swap"));
+            }
+        }
+        users
+    }
+
+    /// Loop devices: the kernel counts them neither among the holders nor as an exclusive opener.
+    fn loops(&self, sys_block: &Path) -> Vec<String> {
+        let mut users = Vec::new();
+        for entry in fs::read_dir(sys_block).into_iter().flatten().flatten() {
+            let Ok(backing) = fs::read_to_string(entry.path().join("loop/backing_file")) else { continue };
+            let backing = backing.trim_end_matches('\n');
+            let node = rdev(Path::new(backing)).and_then(|n| self.name_of(n));
+            if let Some(name) = node.or_else(|| self.name_of_path(backing)) {
+                users.push(format!("{name} is held by {}", entry.file_name().to_string_lossy()));
             }
         }
         users
@@ -201,6 +223,18 @@ mod tests {
         assert_eq!(tree.name_of_path("/dev/nbd0p1"), Some("nbd0p1"));
         assert_eq!(tree.name_of_path("/dev/nbd0p2"), None);
         assert_eq!(tree.name_of((43, 0)), Some("nbd0"));
+    }
+
+    #[test]
+    fn names_loop_devices_on_the_device_or_its_partitions() {
+        let temp = tempfile::tempdir().unwrap();
+        for (name, backing) in [("loop0", "/dev/nbd0p1\n"), ("loop1", "/tmp/nbd0\n"), ("loop2", "/dev/nbd00\n")] {
+            fs::create_dir_all(temp.path().join(name).join("loop")).unwrap();
+            fs::write(temp.path().join(name).join("loop/backing_file"), backing).unwrap();
+        }
+        fs::create_dir(temp.path().join("loop3")).unwrap();
+        let tree = Tree { nodes: vec![("nbd0".into(), (43, 0)), ("nbd0p1".into(), (43, 1))] };
+        assert_eq!(tree.loops(temp.path()), ["nbd0p1 is held by loop0"]);
     }
 
     #[test]

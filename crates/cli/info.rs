@@ -56,7 +56,8 @@ struct Extent {
 
 pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     crate::logging::to_stderr(verbose);
-    let mode = OpenMode { writable: false, trust_paths: args.trust_paths, ..OpenMode::default() };
+    // Unlocked: also of an image that is attached.
+    let mode = OpenMode { writable: false, trust_paths: args.trust_paths, unlocked: true, ..OpenMode::default() };
     let options = OpenOptions {
         read_only: true,
         format: args.format.wanted(),

@@ -26,6 +26,7 @@ struct Entry<'a> {
     size: u64,
     read_only: bool,
     pid: u32,
+    /// `live`, `dead`, or `starting`: the device is there but cannot be used yet.
     state: &'static str,
     log: &'a str,
 }
@@ -39,7 +40,7 @@ impl<'a> Entry<'a> {
             size: state.size,
             read_only: state.read_only,
             pid: state.pid,
-            state: if state.is_live() { "live" } else { "dead" },
+            state: state.word(),
             log: &state.log,
         }
     }

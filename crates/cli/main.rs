@@ -94,11 +94,20 @@ fn notice(text: &str) {
 
 /// Writes data to stdout. A reader that has seen enough is no failure.
 fn print(text: &str) -> Result<()> {
-    let mut out = io::stdout();
-    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+    match write_out(text) {
         Err(e) if e.kind() != io::ErrorKind::BrokenPipe => Err(Failure::doing("write to stdout", &e)),
         _ => Ok(()),
     }
+}
+
+/// Writes data to stdout that somebody has to read.
+fn print_all(text: &str) -> Result<()> {
+    write_out(text).map_err(|e| Failure::doing("write to stdout", &e))
+}
+
+fn write_out(text: &str) -> io::Result<()> {
+    let mut out = io::stdout();
+    out.write_all(text.as_bytes()).and_then(|()| out.flush())
 }
 
 /// Writes one JSON document to stdout.

@@ -18,18 +18,12 @@ pub(crate) struct Opened {
 }
 
 impl Opened {
-    /// Opens an image as the options say. `direct` is what `--direct-io auto` means here.
-    pub(crate) fn open(options: &ImageOptions, direct: bool) -> Result<Self, OpenFailure> {
-        let direct_io = match options.direct_io {
-            DirectIo::Auto => direct,
-            DirectIo::On => true,
-            DirectIo::Off => false,
-        };
-        #[allow(clippy::needless_update, reason = "what else there may be keeps its default")]
+    /// Opens an image as the options say.
+    pub(crate) fn open(options: &ImageOptions, direct: DirectIo) -> Result<Self, OpenFailure> {
         let mode = OpenMode {
             writable: !options.read_only,
             trust_paths: options.trust_paths,
-            direct_io,
+            direct_io: direct != DirectIo::Off,
             ..OpenMode::default()
         };
         let disk_options = OpenOptions {
@@ -41,7 +35,7 @@ impl Opened {
         };
         let opened = Self::open_with(&options.image, mode, &disk_options)?;
         let refused = opened.files.iter().find(|(_, file)| file.direct_fd().is_none());
-        match refused.filter(|_| options.direct_io == DirectIo::On) {
+        match refused.filter(|_| direct == DirectIo::On) {
             Some((_, file)) => {
                 let plain = Failure::new(format!("no direct I/O on {}", file.path().display()));
                 Err(OpenFailure { plain, busy: false, hint: Some("use --direct-io auto") })

@@ -15,15 +15,12 @@ pub(crate) struct ImageOptions {
     /// Refuse every change
     #[arg(short, long)]
     pub(crate) read_only: bool,
-    /// Memory for grains that were decompressed or are being collected
+    /// Memory for grains that are read in small pieces again and again
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = size::parse_usize)]
     pub(crate) cache_size: usize,
     /// What the image is (auto: by its first bytes)
     #[arg(long, value_enum, value_name = "FORMAT", default_value_t = FormatChoice::Auto)]
     pub(crate) format: FormatChoice,
-    /// Go around the host's page cache (auto: yes for attach where the file can, no for serve)
-    #[arg(long, value_enum, value_name = "WHEN", default_value_t = DirectIo::Auto)]
-    pub(crate) direct_io: DirectIo,
     /// What write zeroes does when asked to keep the space: obey, or free it all the same
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Zeroout::Keep)]
     pub(crate) zeroout: Zeroout,

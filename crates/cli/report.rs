@@ -1,18 +1,25 @@
 //! How a serving process tells the command that waits for it that the device is there, or why not.
 
-use std::io::{self, Write};
+use std::io::{self, Read, Write};
+use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use serde::{Deserialize, Serialize};
 
-use crate::failure::{Exit, Failure};
+use crate::failure::{Exit, Failure, Result};
+use crate::signals::Stop;
 
-/// One line of JSON over the pipe that is the background process's stdout.
+/// One line of JSON over the pipe that is the background process's stdout. A device is answered by [`RECEIPT`] over the pipe
+/// that is its stdin, once it was printed.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) enum Report {
     Ready { device: PathBuf, notices: Vec<String> },
     Failed { no_transport: bool, text: String },
 }
+
+/// Without it nobody knows of the device, and it is taken away again.
+pub(crate) const RECEIPT: &[u8] = b"\n";
 
 /// The serving process's end.
 pub(crate) struct Reporter {
@@ -44,19 +51,21 @@ impl Reporter {
         self.reported
     }
 
-    /// The device can be used.
+    /// The device can be used. In the background, waits until it was printed, or `stop` is given.
     ///
     /// # Errors
     ///
-    /// Nobody is waiting any more.
-    pub(crate) fn ready(&mut self, device: &Path) -> io::Result<()> {
+    /// It could not be printed, or nobody is waiting any more.
+    pub(crate) fn ready(&mut self, device: &Path, stop: &Stop) -> Result<()> {
         if self.background {
-            self.send(&Report::Ready { device: device.to_owned(), notices: self.notices.clone() })?;
+            let report = Report::Ready { device: device.to_owned(), notices: self.notices.clone() };
+            let told = self.send(&report).and_then(|()| await_receipt(stop));
+            told.map_err(|e| Failure::doing("nobody waits for the device any more", &e))?;
         } else {
             for text in &self.notices {
                 crate::notice(text);
             }
-            writeln!(io::stdout(), "{}", device.display())?;
+            crate::print_all(&format!("{}\n", device.display()))?;
             crate::service::tell_ready();
         }
         self.reported = true;
@@ -81,4 +90,22 @@ impl Reporter {
         let null = std::fs::OpenOptions::new().write(true).open("/dev/null")?;
         Ok(rustix::stdio::dup2_stdout(null)?)
     }
+}
+
+/// Waits for the command's word that it has printed the device.
+fn await_receipt(stop: &Stop) -> io::Result<()> {
+    let often = Timespec { tv_sec: 0, tv_nsec: 200_000_000 };
+    let mut stdin = io::stdin();
+    while !stop.is_given() {
+        match poll(&mut [PollFd::new(&stdin.as_fd(), PollFlags::IN)], Some(&often)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => {}
+            Ok(_) => {
+                stdin.read_exact(&mut [0; RECEIPT.len()])?;
+                break;
+            }
+            Err(e) => return Err(e.into()),
+        }
+    }
+    let null = std::fs::File::open("/dev/null")?;
+    Ok(rustix::stdio::dup2_stdin(null)?)
 }

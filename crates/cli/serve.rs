@@ -7,11 +7,11 @@ use std::path::{Path, PathBuf};
 
 use crate::failure::{Failure, Result};
 use crate::open::Opened;
-use crate::options::ImageOptions;
+use crate::options::{DirectIo, ImageOptions};
 use crate::signals::{self, Stop};
 use crate::{logging, serve_nbd};
 
-/// Serve an image to NBD clients, in the foreground, until SIGINT or SIGTERM
+/// Serve an image to NBD clients, in the foreground, until SIGINT, SIGTERM or SIGHUP
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  vdisk serve disk.vmdk --socket /tmp/disk.sock\n  \
     nbdcopy 'nbd+unix:///?socket=/tmp/disk.sock' disk.raw")]
@@ -33,9 +33,9 @@ fn address(text: &str) -> Result<SocketAddr, String> {
 }
 
 pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
-    let held = signals::hold().map_err(|e| Failure::doing("block signals", &e))?;
+    let held = signals::hold(false).map_err(|e| Failure::doing("block signals", &e))?;
     logging::to_stderr(verbose);
-    let image = Opened::open(&args.image, false)?;
+    let image = Opened::open(&args.image, DirectIo::Off)?;
     let stop = Stop::default();
     let given = stop.clone();
     held.on_end(move || given.give()).map_err(|e| Failure::doing("start a thread", &e))?;

@@ -31,8 +31,8 @@ pub(crate) fn serve(
     // The empty name, which clients ask for by default.
     let export = Export::new("");
     let served = match Engine::best() {
-        Engine::Uring => server.run(&export, backend_of::uring(image), &stopped),
-        Engine::Blocking => server.run(&export, backend_of::blocking(image), &stopped),
+        Engine::Uring => server.run(&export, make_backend::uring(image), &stopped),
+        Engine::Blocking => server.run(&export, make_backend::blocking(image), &stopped),
     };
     served.map_err(|e| Failure::from_error(&e))
 }
@@ -57,7 +57,7 @@ impl Engine {
 }
 
 /// What makes the backend of a worker thread.
-pub(crate) mod backend_of {
+pub(crate) mod make_backend {
     use super::*;
 
     pub(crate) fn uring(image: &Opened) -> impl Fn() -> io::Result<DiskBackend<UringIo<OwnRing>>> + Send + Sync {

@@ -8,7 +8,7 @@ use crate::failure::{Failure, Result, chain};
 use crate::open::Opened;
 use crate::signals::Stop;
 use crate::state::State;
-use crate::transport::{DeviceOptions, OnReady, ServeFailure};
+use crate::transport::{Callbacks, DeviceOptions, ServeFailure};
 
 /// How long the driver may take to notice that a server is dead.
 const NOTICING: Duration = Duration::from_secs(10);
@@ -18,16 +18,23 @@ pub(crate) fn available() -> Result<(), String> {
     vdisk_ublk::available().map(drop).map_err(|e| chain(&e))
 }
 
-pub(crate) fn serve(image: &Opened, options: DeviceOptions, ready: OnReady, stop: &Stop) -> Result<(), ServeFailure> {
+pub(crate) fn serve(
+    image: &Opened,
+    options: DeviceOptions,
+    callbacks: Callbacks,
+    stop: &Stop,
+) -> Result<(), ServeFailure> {
     let device_stop = vdisk_ublk::Stop::new();
     let armed = device_stop.clone();
     stop.arm(move || armed.trigger());
     let options = vdisk_ublk::Options { queues: options.queues, depth: options.depth, ..Default::default() };
     let (disk, files) = (Arc::clone(&image.disk), Arc::clone(&image.files));
-    vdisk_ublk::serve(disk, files, &options, |device| ready(&device.path, Vec::new()), device_stop).map_err(|e| {
-        use vdisk_ublk::Error::{Queue, Thread, TimedOut};
-        let device_may_live = matches!(e, TimedOut { .. } | Queue { .. } | Thread(_));
-        ServeFailure { failure: Failure::from_error(&e), device_may_live }
+    let added = |device: &vdisk_ublk::Added| (callbacks.added)(&device.path);
+    let ready = |device: &vdisk_ublk::Device| (callbacks.ready)(&device.path, Vec::new());
+    vdisk_ublk::serve(disk, files, &options, added, ready, device_stop).map_err(|e| ServeFailure {
+        failure: Failure::from_error(&e),
+        device_may_live: e.device_may_live(),
+        device_gone: !e.device_may_exist(),
     })
 }
 

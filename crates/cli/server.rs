@@ -9,34 +9,42 @@ use crate::failure::{Failure, Result};
 use crate::open::{self, Opened};
 use crate::report::Reporter;
 use crate::signals::{self, Stop};
-use crate::state::{State, StateDir};
-use crate::transport::Transport;
+use crate::state::{Books, State, StateDir};
+use crate::transport::{Callbacks, Transport};
 use crate::{hygiene, in_use, logging};
 
-/// What the callback of the transport and the end of the process share.
+/// What the callbacks of the transport and the end of the process share.
 struct Session {
-    dir: StateDir,
+    dir: &'static StateDir,
     reporter: Reporter,
     log: String,
+    /// Held from the look for dead servers of the image until the new device is in the books.
+    books: Option<Books<'static>>,
     /// As it is on disk.
     state: Option<State>,
     /// Why the device is to be removed again although it was made.
     failure: Option<Failure>,
+    /// There is no device (any more) that `detach` would have to remove.
+    device_gone: bool,
 }
 
 /// Serves until SIGTERM or SIGINT. In the background, the waiting command gets the report, success or not.
 pub(crate) fn run(args: &Args, verbose: bool, background: bool) -> Result<()> {
-    let held = signals::hold().map_err(|e| Failure::doing("block signals", &e))?;
+    if background {
+        hygiene::close_inherited();
+    }
+    let held = signals::hold(background).map_err(|e| Failure::doing("block signals", &e))?;
     let dir = StateDir::host();
     let mut reporter = Reporter::new(background);
-    let log = match start_log(verbose, background, &dir) {
+    let log = match start_log(verbose, background, dir) {
         Ok(log) => log,
         Err(failure) => {
             let _ = reporter.failed(&failure);
             return Err(failure);
         }
     };
-    let session = Arc::new(Mutex::new(Session { dir, reporter, log, state: None, failure: None }));
+    let session = Session { dir, reporter, log, books: None, state: None, failure: None, device_gone: true };
+    let session = Arc::new(Mutex::new(session));
     let served = serve(args, held, &session);
     finish(&mut lock(&session), served)
 }
@@ -61,13 +69,10 @@ fn serve(args: &Args, held: signals::Held, session: &Arc<Mutex<Session>>) -> Res
         lock(session).reporter.notice(notice);
     }
     let path = open::real_path(&args.image.image)?;
-    clear_dead(&path, session)?;
-    let image = Opened::open(&args.image, true).map_err(|failure| name_holder(failure, &path, session))?;
+    // Locked from here on: what the books say of this image is of servers that have died.
+    let image = Opened::open(&args.image, args.direct_io).map_err(|failure| name_holder(failure, &path, session))?;
     let (transport, notice) = Transport::choose(args.transport)?;
-    for notice in &image.disk.info().notices {
-        lock(session).reporter.notice(notice.clone());
-    }
-    if let Some(notice) = notice {
+    for notice in image.disk.info().notices.iter().cloned().chain(notice) {
         lock(session).reporter.notice(notice);
     }
     if let Err(e) = hygiene::leave_mounts() {
@@ -77,22 +82,16 @@ fn serve(args: &Args, held: signals::Held, session: &Arc<Mutex<Session>>) -> Res
     let stop = Stop::default();
     let given = stop.clone();
     held.on_end(move || given.give()).map_err(|e| Failure::doing("start a thread", &e))?;
+    lock(session).claim_books(&path)?;
 
     let mut served = Ok(());
     let mut may_close = true;
     if !stop.is_given() {
-        let ready = {
-            let (session, stop, path, geometry) = (Arc::clone(session), stop.clone(), path.clone(), image.geometry());
-            Box::new(move |device: &Path, notices| {
-                let mut session = lock(&session);
-                if let Err(failure) = session.ready(device, transport, &path, geometry, notices) {
-                    session.failure = Some(failure);
-                    stop.give();
-                }
-            })
-        };
-        served = transport.serve(&image, &path.to_string_lossy(), args.device_options(), ready, &stop).map_err(|e| {
+        let state = State::of_this_process(transport, &path, image.geometry(), lock(session).log.clone())?;
+        let (server, calls) = (state.clone(), callbacks(session, state, &stop));
+        served = transport.serve(&image, &server.server(), args.device_options(), calls, &stop).map_err(|e| {
             may_close = !e.device_may_live;
+            lock(session).device_gone = e.device_gone;
             e.failure
         });
     }
@@ -104,16 +103,61 @@ fn serve(args: &Args, held: signals::Held, session: &Arc<Mutex<Session>>) -> Res
     failure.map_or(served, Err).and(closed)
 }
 
+/// What enters a device in the books and reports it; on a failure, the device is not wanted any more.
+fn callbacks(session: &Arc<Mutex<Session>>, mut state: State, stop: &Stop) -> Callbacks {
+    let (adding, adding_stop) = (Arc::clone(session), stop.clone());
+    let (making, making_stop) = (Arc::clone(session), stop.clone());
+    let give_up = |session: &mut Session, failure, stop: &Stop| {
+        session.failure = Some(failure);
+        stop.give();
+    };
+    Callbacks {
+        added: Box::new(move |device: &Path| {
+            let mut session = lock(&adding);
+            state.device = device.to_owned();
+            if let Err(failure) = session.added(state) {
+                give_up(&mut session, failure, &adding_stop);
+            }
+        }),
+        ready: Box::new(move |device: &Path, notices| {
+            let mut session = lock(&making);
+            // Given up already, or stopped.
+            if making_stop.is_given() {
+                return;
+            }
+            if let Err(failure) = session.ready(device, notices, &making_stop) {
+                give_up(&mut session, failure, &making_stop);
+            }
+        }),
+    }
+}
+
 impl Session {
-    /// The device is there: enters it in the books, then reports it.
-    fn ready(
-        &mut self,
-        device: &Path,
-        transport: Transport,
-        image: &Path,
-        geometry: vdisk_image::Geometry,
-        notices: Vec<String>,
-    ) -> Result<()> {
+    /// Takes the books and clears them of what dead servers of the image left.
+    fn claim_books(&mut self, image: &Path) -> Result<()> {
+        let books = self.dir.lock()?;
+        let image = image.to_string_lossy();
+        let states = self.dir.list()?.into_iter().filter(|state| state.image == image);
+        for state in states {
+            if let Some(notice) = clear_dead(&books, &state)? {
+                self.reporter.notice(notice);
+            }
+        }
+        self.books = Some(books);
+        Ok(())
+    }
+
+    /// The device has a name: enters it in the books. Then others may make devices.
+    fn added(&mut self, state: State) -> Result<()> {
+        self.dir.create()?;
+        let books = self.books.take().map_or_else(|| self.dir.lock(), Ok)?;
+        books.write(&state)?;
+        self.state = Some(state);
+        Ok(())
+    }
+
+    /// The device can be used: reports it.
+    fn ready(&mut self, device: &Path, notices: Vec<String>, stop: &Stop) -> Result<()> {
         for notice in notices {
             self.reporter.notice(notice);
         }
@@ -122,34 +166,34 @@ impl Session {
             return Err(Failure::new(format!("{} is not a block device", device.display()))
                 .hint("is devtmpfs mounted on /dev, or is a plain file in the way?"));
         }
-        self.dir.create()?;
-        let mut state = State::of_this_process(device.to_owned(), transport, image, self.log.clone())?;
-        state.size = geometry.size;
-        state.read_only = geometry.read_only;
-        self.dir.write(&state)?;
-        self.state = Some(state);
-        self.reporter.ready(device).map_err(|e| Failure::doing("nobody waits for the device any more", &e))?;
-        tracing::info!("{}: attached as {}", image.display(), device.display());
-        Ok(())
+        if let Some(state) = &mut self.state {
+            state.ready = true;
+            self.dir.lock()?.write(state)?;
+            tracing::info!("{}: attached as {}", state.image, device.display());
+        }
+        self.reporter.ready(device, stop)
     }
 }
 
-/// Leaves nothing behind but, after a failure that nobody waits for, the reason.
+/// Leaves nothing behind but a device that could not be removed and, after a failure that nobody was told, the reason.
 fn finish(session: &mut Session, served: Result<()>) -> Result<()> {
-    let reported = session.reporter.is_done();
+    session.books = None;
+    let (reported, background) = (session.reporter.is_done(), session.reporter.is_background());
     let failed = served.as_ref().err();
-    if let Some(failure) = failed.filter(|_| session.reporter.is_background()) {
+    if let Some(failure) = failed.filter(|_| background) {
         tracing::error!("{failure}");
     }
     if let Some(mut state) = session.state.take() {
-        // `detach` finds the reason there.
-        let left = match failed.filter(|_| reported) {
+        // For `detach`.
+        let kept = failed.filter(|_| !session.device_gone || reported && background);
+        let left = session.dir.lock().and_then(|books| match kept {
             Some(failure) => {
                 state.error = Some(failure.to_string());
-                if session.dir.reread(&state).is_some() { session.dir.write(&state) } else { Ok(()) }
+                state.device_gone = session.device_gone;
+                books.update(&state)
             }
-            None => session.dir.remove(&state),
-        };
+            None => books.remove(&state),
+        });
         if let Err(failure) = left {
             tracing::error!("{failure}");
         }
@@ -158,33 +202,28 @@ fn finish(session: &mut Session, served: Result<()>) -> Result<()> {
         let stopped = Failure::new("stopped before the device was there");
         let _ = session.reporter.failed(failed.unwrap_or(&stopped));
     }
-    if failed.is_none() || !reported {
+    if failed.is_none() || !reported && session.device_gone {
         logging::discard(&session.log);
     }
     served
 }
 
-/// Removes what servers of this image left that have died, where nothing uses it any more.
-fn clear_dead(path: &Path, session: &Mutex<Session>) -> Result<()> {
-    let mut session = lock(session);
-    let image = path.to_string_lossy();
-    let dead: Vec<_> = session.dir.list()?.into_iter().filter(|s| s.image == image && !s.is_live()).collect();
-    for state in dead {
-        if state.process()?.is_some() {
-            continue; // It failed and is about to exit; it still holds the image.
-        }
-        let tree = in_use::Tree::of(state.device_name());
-        let users = [tree.lasting_users(), tree.openers(state.pid)].concat();
-        let device = state.device.display();
-        if !users.is_empty() {
-            let text = format!("its earlier server (pid {}) is dead and {}", state.pid, users.join(", "));
-            return Err(Failure::new(text).hint(format_args!("vdisk detach --force {device}")));
-        }
-        crate::detach::clear(&session.dir, &state)?;
-        logging::discard(&state.log);
-        session.reporter.notice(format!("removed {device}, whose server (pid {}) was dead", state.pid));
+/// Removes what a server of this image left that has died, if nothing uses it any more. Tells what was removed.
+fn clear_dead(books: &Books<'_>, state: &State) -> Result<Option<String>> {
+    // One that failed and is about to exit, or that serves the image to be read like us.
+    if state.process()?.is_some() {
+        return Ok(None);
     }
-    Ok(())
+    let tree = in_use::Tree::of_state(state);
+    let users = [tree.lasting_users(), tree.openers(state.pid)].concat();
+    let device = state.device.display();
+    if !users.is_empty() {
+        let text = format!("its earlier server (pid {}) is dead and {}", state.pid, users.join(", "));
+        return Err(Failure::new(text).hint(format_args!("vdisk detach --force {device}")));
+    }
+    crate::detach::clear(books, state)?;
+    logging::discard(&state.log);
+    Ok(Some(format!("removed {device}, whose server (pid {}) was dead", state.pid)))
 }
 
 /// Says which device holds the image, if it is one of ours.

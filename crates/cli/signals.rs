@@ -1,5 +1,6 @@
-//! SIGTERM and SIGINT end a server in an orderly way; other signals that a terminal sends are ignored.
+//! SIGTERM and SIGINT end a server in an orderly way, and in the foreground so does SIGHUP, which a background process ignores.
 
+use std::fs;
 use std::io;
 use std::mem;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,16 +12,27 @@ use nix::sys::signal::{SigSet, Signal};
 pub(crate) struct Held(SigSet);
 
 /// Holds the signals back. To be called before there are other threads. (SIGPIPE is ignored by every Rust program.)
-pub(crate) fn hold() -> nix::Result<Held> {
-    let ending = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT]);
-    let mut held = ending;
-    held.add(Signal::SIGHUP);
+pub(crate) fn hold(background: bool) -> nix::Result<Held> {
+    let mut held = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
+    // A limit on the size of files (RLIMIT_FSIZE) is to be an error of the write, not the end of the server.
+    SigSet::from_iter([Signal::SIGXFSZ]).thread_block()?;
     held.thread_block()?;
-    Ok(Held(ending))
+    let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
+    if background || ignores(&status, Signal::SIGHUP) {
+        held.remove(Signal::SIGHUP);
+    }
+    Ok(Held(held))
+}
+
+/// Whether a /proc/PID/status says that a signal is ignored, as nohup(1) arranges it. Held back it would come all the same.
+fn ignores(status: &str, signal: Signal) -> bool {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|hex| u64::from_str_radix(hex.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal as i32 - 1) & 1 == 1)
 }
 
 impl Held {
-    /// Calls `stop` at the first SIGTERM or SIGINT, also at one that came before. Later ones are ignored.
+    /// Calls `stop` at the first signal that ends the process, also at one that came before. Later ones are ignored.
     pub(crate) fn on_end(self, stop: impl FnOnce() + Send + 'static) -> io::Result<()> {
         let wait = move || match self.0.wait() {
             Ok(signal) => {
@@ -78,6 +90,13 @@ impl Stop {
 mod tests {
     use super::*;
     use std::sync::atomic::{AtomicU32, Ordering};
+
+    #[test]
+    fn an_ignored_signal_is_read_from_the_status() {
+        let status = "Name:\tvdisk\nSigIgn:\t0000000000001001\nSigCgt:\t0000000000000002\n";
+        assert!(ignores(status, Signal::SIGHUP) && ignores(status, Signal::SIGPIPE));
+        assert!(!ignores(status, Signal::SIGINT) && !ignores("", Signal::SIGHUP));
+    }
 
     #[test]
     fn a_stop_acts_once_whether_it_was_armed_before_or_after() {

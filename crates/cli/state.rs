@@ -1,15 +1,18 @@
 //! State files: what is attached, one file per device, written by the process that serves it.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
 use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
+use vdisk_image::Geometry;
 
 use crate::failure::{Failure, Result};
 use crate::process;
-use crate::transport::Transport;
+use crate::transport::{ServerId, Transport};
 
 const VERSION: u32 = 1;
 
@@ -27,21 +30,37 @@ pub(crate) struct State {
     pub(crate) read_only: bool,
     pub(crate) pid: u32,
     /// Start time of the process: another one with the same number is not ours.
-    start_time: u64,
+    pub(crate) start_time: u64,
     /// Path of the log, or `journal`.
     pub(crate) log: String,
+    /// Whether the device can be used. Until then the file is there so that the device is known if the process dies.
+    pub(crate) ready: bool,
     /// Why the process ended in failure.
     pub(crate) error: Option<String>,
+    /// After such a failure: whether the process took the device away, whose number others may have by now.
+    pub(crate) device_gone: bool,
 }
 
 impl State {
-    /// Describes a device that this process serves.
-    pub(crate) fn of_this_process(device: PathBuf, transport: Transport, image: &Path, log: String) -> Result<Self> {
+    /// Describes a device that this process is about to make. It has no name yet.
+    pub(crate) fn of_this_process(transport: Transport, image: &Path, geometry: Geometry, log: String) -> Result<Self> {
         let pid = std::process::id();
         let start_time = process::start_time(pid).ok_or_else(|| Failure::new("/proc is not mounted"))?;
         let image = image.to_string_lossy().into_owned();
-        let (size, read_only, error) = (0, false, None);
-        Ok(Self { version: VERSION, device, transport, image, size, read_only, pid, start_time, log, error })
+        Ok(Self {
+            version: VERSION,
+            device: PathBuf::new(),
+            transport,
+            image,
+            size: geometry.size,
+            read_only: geometry.read_only,
+            pid,
+            start_time,
+            log,
+            ready: false,
+            error: None,
+            device_gone: false,
+        })
     }
 
     /// `ublkb0`
@@ -60,6 +79,20 @@ impl State {
         self.error.is_none() && process::start_time(self.pid) == Some(self.start_time)
     }
 
+    /// Who serves the device.
+    pub(crate) fn server(&self) -> ServerId<'_> {
+        ServerId { pid: self.pid, start_time: self.start_time, image: &self.image }
+    }
+
+    /// For `list`: `live`, `dead`, or `starting`, which is what a device is before it can be used.
+    pub(crate) fn word(&self) -> &'static str {
+        match (self.is_live(), self.ready) {
+            (true, true) => "live",
+            (true, false) => "starting",
+            (false, _) => "dead",
+        }
+    }
+
     fn is_of_same_process(&self, other: &Self) -> bool {
         (self.pid, self.start_time) == (other.pid, other.start_time)
     }
@@ -70,77 +103,56 @@ pub(crate) struct StateDir(PathBuf);
 
 impl StateDir {
     /// The one of this host.
-    pub(crate) fn host() -> Self {
-        Self(PathBuf::from("/run/vdisk"))
+    pub(crate) fn host() -> &'static Self {
+        static HOST: LazyLock<StateDir> = LazyLock::new(|| StateDir(PathBuf::from("/run/vdisk")));
+        &HOST
     }
 
     pub(crate) fn path(&self) -> &Path {
         &self.0
     }
 
-    /// Makes the directory unless it is there.
+    /// Makes the directory unless it is there, for all to read whatever the umask is.
     pub(crate) fn create(&self) -> Result<()> {
-        fs::DirBuilder::new()
-            .recursive(true)
-            .mode(0o755)
-            .create(&self.0)
-            .map_err(|e| Failure::doing(format_args!("create {}", self.0.display()), &e))
+        let made = match fs::DirBuilder::new().mode(0o755).create(&self.0) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Ok(()),
+            made => made.and_then(|()| fs::set_permissions(&self.0, Permissions::from_mode(0o755))),
+        };
+        made.map_err(|e| Failure::doing(format_args!("create {}", self.0.display()), &e))
     }
 
     fn file(&self, state: &State) -> PathBuf {
         self.0.join(format!("{}.json", state.device_name()))
     }
 
-    /// Nobody else adds or removes a file while this is held.
-    fn lock(&self) -> io::Result<File> {
-        let dir = File::open(&self.0)?;
-        dir.lock()?;
-        Ok(dir)
-    }
-
-    /// Writes a state file, whole or not at all. What it replaces belonged to a device that is gone.
-    pub(crate) fn write(&self, state: &State) -> Result<()> {
-        let file = self.file(state);
-        let write = || -> io::Result<()> {
-            let _lock = self.lock()?;
-            let new = self.0.join(format!(".{}.{}", state.device_name(), state.pid));
-            let mut out = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(&new)?;
-            let written = out.write_all(&serde_json::to_vec(state)?).and_then(|()| fs::rename(&new, &file));
-            if written.is_err() {
-                let _ = fs::remove_file(&new);
-            }
-            written
+    /// Waits for the lock on the books, which only root can take: `/run/vdisk.lock`.
+    pub(crate) fn lock(&self) -> Result<Books<'_>> {
+        let path = self.0.with_extension("lock");
+        let lock = || -> io::Result<File> {
+            let no_link = i32::try_from(OFlags::NOFOLLOW.bits()).unwrap_or_default();
+            let file = fs::OpenOptions::new().write(true).create(true).mode(0o600).custom_flags(no_link).open(&path)?;
+            file.lock()?;
+            Ok(file)
         };
-        write().map_err(|e| Failure::doing(format_args!("write {}", file.display()), &e))
-    }
-
-    /// Removes the file of `state`, unless it belongs to another process by now.
-    pub(crate) fn remove(&self, state: &State) -> Result<()> {
-        let file = self.file(state);
-        let remove = || -> io::Result<()> {
-            let _lock = self.lock()?;
-            match read(&file) {
-                Ok(found) if !found.is_of_same_process(state) => Ok(()),
-                Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
-                _ => fs::remove_file(&file),
-            }
-        };
-        remove().map_err(|e| Failure::doing(format_args!("remove {}", file.display()), &e))
-    }
-
-    /// What the file of `state` says now, if it is still there and of the same process.
-    pub(crate) fn reread(&self, state: &State) -> Option<State> {
-        read(&self.file(state)).ok().filter(|found| found.is_of_same_process(state))
+        let lock = lock().map_err(|e| Failure::doing(format_args!("lock {}", path.display()), &e))?;
+        Ok(Books { dir: self, _lock: lock })
     }
 
     /// All that is attached, by device name. A file that cannot be read is reported on stderr and left out.
     pub(crate) fn list(&self) -> Result<Vec<State>> {
+        let (states, unread) = self.read_all()?;
+        unread.iter().for_each(|failure| crate::notice(&failure.to_string()));
+        Ok(states)
+    }
+
+    /// All that is attached, by device name, and why files could not be read.
+    pub(crate) fn read_all(&self) -> Result<(Vec<State>, Vec<Failure>)> {
         let entries = match fs::read_dir(&self.0) {
             Ok(entries) => entries,
-            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), Vec::new())),
             Err(e) => return Err(Failure::doing(self.0.display(), &e)),
         };
-        let mut states = Vec::new();
+        let (mut states, mut unread) = (Vec::new(), Vec::new());
         for entry in entries.flatten() {
             let path = entry.path();
             if path.extension().is_none_or(|e| e != "json") {
@@ -149,12 +161,62 @@ impl StateDir {
             match read(&path) {
                 Ok(state) => states.push(state),
                 Err(e) if e.kind() == io::ErrorKind::NotFound => {}
-                Err(e) => crate::notice(&Failure::doing(path.display(), &e).to_string()),
+                Err(e) => unread.push(Failure::doing(path.display(), &e)),
             }
         }
         states.sort_by(|a, b| order(a.device_name()).cmp(&order(b.device_name())));
-        Ok(states)
+        Ok((states, unread))
     }
+}
+
+/// The right to change the books: nobody else adds, changes or removes a file, or makes a device, while this is held.
+pub(crate) struct Books<'a> {
+    dir: &'a StateDir,
+    _lock: File,
+}
+
+impl Books<'_> {
+    /// Writes a state file, whole or not at all. What it replaces belonged to a device that is gone.
+    pub(crate) fn write(&self, state: &State) -> Result<()> {
+        let file = self.dir.file(state);
+        let write = || -> io::Result<()> {
+            let new = self.dir.0.join(format!(".{}.{}", state.device_name(), state.pid));
+            let written = write_new(&new, &serde_json::to_vec(state)?).and_then(|()| fs::rename(&new, &file));
+            if written.is_err() {
+                let _ = fs::remove_file(&new);
+            }
+            written
+        };
+        write().map_err(|e| Failure::doing(format_args!("write {}", file.display()), &e))
+    }
+
+    /// Writes a state file anew, unless it was removed or belongs to another process by now.
+    pub(crate) fn update(&self, state: &State) -> Result<()> {
+        if self.reread(state).is_some() { self.write(state) } else { Ok(()) }
+    }
+
+    /// Removes the file of `state`, unless it belongs to another process by now.
+    pub(crate) fn remove(&self, state: &State) -> Result<()> {
+        let file = self.dir.file(state);
+        let removed = match read(&file) {
+            Ok(found) if !found.is_of_same_process(state) => Ok(()),
+            Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+            _ => fs::remove_file(&file),
+        };
+        removed.map_err(|e| Failure::doing(format_args!("remove {}", file.display()), &e))
+    }
+
+    /// What the file of `state` says now, if it is still there and of the same process.
+    pub(crate) fn reread(&self, state: &State) -> Option<State> {
+        read(&self.dir.file(state)).ok().filter(|found| found.is_of_same_process(state))
+    }
+}
+
+/// A file for all to read, whatever the umask is.
+fn write_new(path: &Path, bytes: &[u8]) -> io::Result<()> {
+    let mut out = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(path)?;
+    out.set_permissions(Permissions::from_mode(0o644))?;
+    out.write_all(bytes)
 }
 
 /// `ublkb10` comes after `ublkb9`.
@@ -181,47 +243,88 @@ mod tests {
 
     fn state(device: &str) -> State {
         let log = "journal".to_owned();
-        let device = PathBuf::from(device);
-        let mut state = State::of_this_process(device, Transport::Nbd, Path::new("/a \"b\".vmdk"), log).unwrap();
-        state.size = 10 << 20;
-        state
+        let geometry = Geometry { size: 10 << 20, read_only: false, preferred_block: 4096 };
+        let state = State::of_this_process(Transport::Nbd, Path::new("/a \"b\".vmdk"), geometry, log).unwrap();
+        State { device: PathBuf::from(device), ..state }
+    }
+
+    /// A directory of state files, empty or not made yet, in one that goes away with the test.
+    fn dir(temp: &tempfile::TempDir, made: bool) -> StateDir {
+        let dir = StateDir(temp.path().join("vdisk"));
+        if made {
+            dir.create().unwrap();
+        }
+        dir
+    }
+
+    fn mode(path: &Path) -> u32 {
+        fs::metadata(path).unwrap().permissions().mode() & 0o7777
     }
 
     #[test]
     fn a_state_file_comes_back_as_it_was_written() {
         let temp = tempfile::tempdir().unwrap();
-        let dir = StateDir(temp.path().join("vdisk"));
+        let dir = dir(&temp, false);
         assert_eq!(dir.list().unwrap(), []);
         dir.create().unwrap();
         for device in ["/dev/nbd10", "/dev/nbd9", "/dev/ublkb0"] {
-            dir.write(&state(device)).unwrap();
+            dir.lock().unwrap().write(&state(device)).unwrap();
         }
+        assert_eq!((mode(&dir.0), mode(&dir.0.join("nbd9.json"))), (0o755, 0o644));
         assert_eq!(dir.list().unwrap(), [state("/dev/nbd9"), state("/dev/nbd10"), state("/dev/ublkb0")]);
-        assert!(dir.list().unwrap().iter().all(State::is_live));
+        assert!(dir.list().unwrap().iter().all(|state| state.word() == "starting"));
+    }
+
+    #[test]
+    fn the_lock_is_not_in_the_directory_and_only_for_its_owner() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = dir(&temp, true);
+        let books = dir.lock().unwrap();
+        let path = temp.path().join("vdisk.lock");
+        assert_eq!((mode(&path), fs::read_dir(&dir.0).unwrap().count()), (0o600, 0));
+        let other = File::open(&path).unwrap();
+        assert!(other.try_lock().is_err());
+        drop(books);
+        other.try_lock().unwrap();
+    }
+
+    #[test]
+    fn a_state_is_starting_until_it_is_ready_and_dead_with_its_process_or_an_error() {
+        let starting = state("/dev/nbd0");
+        let live = State { ready: true, ..starting.clone() };
+        let failed = State { error: Some("EIO".into()), ..live.clone() };
+        let killed = State { start_time: 1, ..starting.clone() };
+        assert_eq!([&starting, &live, &failed, &killed].map(State::word), ["starting", "live", "dead", "dead"]);
     }
 
     #[test]
     fn a_file_of_another_process_is_not_removed() {
         let temp = tempfile::tempdir().unwrap();
-        let dir = StateDir(temp.path().to_owned());
+        let dir = dir(&temp, true);
+        let books = dir.lock().unwrap();
         let theirs = State { start_time: 1, ..state("/dev/nbd0") };
-        dir.write(&theirs).unwrap();
-        dir.remove(&state("/dev/nbd0")).unwrap();
+        books.write(&theirs).unwrap();
+        books.update(&state("/dev/nbd0")).unwrap();
+        books.remove(&state("/dev/nbd0")).unwrap();
         assert_eq!(dir.list().unwrap(), std::slice::from_ref(&theirs));
         assert!(!theirs.is_live());
-        assert_eq!(dir.reread(&state("/dev/nbd0")), None);
-        dir.remove(&theirs).unwrap();
-        dir.remove(&theirs).unwrap();
+        assert_eq!(books.reread(&state("/dev/nbd0")), None);
+        books.remove(&theirs).unwrap();
+        books.remove(&theirs).unwrap();
+        books.update(&theirs).unwrap();
         assert_eq!(dir.list().unwrap(), []);
     }
 
     #[test]
-    fn broken_files_are_left_out() {
+    fn broken_files_are_left_out_and_told() {
         let temp = tempfile::tempdir().unwrap();
-        let dir = StateDir(temp.path().to_owned());
-        fs::write(temp.path().join("nbd0.json"), "{").unwrap();
-        fs::write(temp.path().join("nbd1.json"), serde_json::to_vec(&state("/dev/nbd2")).unwrap()).unwrap();
-        fs::write(temp.path().join("12.log"), "").unwrap();
+        let dir = dir(&temp, true);
+        fs::write(dir.0.join("nbd0.json"), "{").unwrap();
+        fs::write(dir.0.join("nbd1.json"), serde_json::to_vec(&state("/dev/nbd2")).unwrap()).unwrap();
+        fs::write(dir.0.join("12.log"), "").unwrap();
         assert_eq!(dir.list().unwrap(), []);
+        let mut unread: Vec<_> = dir.read_all().unwrap().1.iter().map(Failure::to_string).collect();
+        unread.sort();
+        assert!(unread[0].contains("nbd0.json") && unread[1].contains("describes /dev/nbd2"), "{unread:?}");
     }
 }

@@ -34,14 +34,31 @@ pub(crate) struct DeviceOptions {
     pub(crate) depth: Option<u16>,
 }
 
-/// Called once the device can be used, with what else there is to say.
-pub(crate) type OnReady = Box<dyn FnOnce(&Path, Vec<String>) + Send>;
+/// What is to be told of a device on its way.
+pub(crate) struct Callbacks {
+    /// It is known by what name the device will have, so that it can be found whatever happens next.
+    pub(crate) added: OnAdded,
+    /// It can be used; and what else there is to say.
+    pub(crate) ready: OnReady,
+}
+
+type OnAdded = Box<dyn FnOnce(&Path) + Send>;
+type OnReady = Box<dyn FnOnce(&Path, Vec<String>) + Send>;
+
+/// Which process serves which image: what a device is known by where the kernel keeps a name for us.
+pub(crate) struct ServerId<'a> {
+    pub(crate) pid: u32,
+    pub(crate) start_time: u64,
+    pub(crate) image: &'a str,
+}
 
 /// Why a device was not made, or ended before it was stopped.
 pub(crate) struct ServeFailure {
     pub(crate) failure: Failure,
     /// The kernel may still send requests.
     pub(crate) device_may_live: bool,
+    /// There is no device that would have to be removed.
+    pub(crate) device_gone: bool,
 }
 
 impl Transport {
@@ -77,14 +94,14 @@ impl Transport {
     pub(crate) fn serve(
         self,
         image: &Opened,
-        real_path: &str,
+        server: &ServerId<'_>,
         options: DeviceOptions,
-        ready: OnReady,
+        callbacks: Callbacks,
         stop: &Stop,
     ) -> Result<(), ServeFailure> {
         match self {
-            Self::Ublk => serve_ublk::serve(image, options, ready, stop),
-            Self::Nbd => attach_nbd::serve(image, real_path, options, ready, stop),
+            Self::Ublk => serve_ublk::serve(image, options, callbacks, stop),
+            Self::Nbd => attach_nbd::serve(image, server, options, callbacks, stop),
         }
     }
 

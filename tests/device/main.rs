@@ -3,6 +3,8 @@
 //! Needs root, a kernel with the transport that `VDISK_TRANSPORT` names, and a host file system that punches holes under
 //! `VDISK_SCRATCH`. `tests/vm/run` gives it all three, in a VM.
 
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation, reason = "a test fails by it")]
+
 mod attach_detach;
 mod bad_input;
 mod data;

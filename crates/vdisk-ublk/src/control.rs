@@ -1,6 +1,6 @@
 //! Devices of other processes, and those whose process has died.
 
-use std::fs::OpenOptions;
+use std::fs::{self, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
@@ -53,12 +53,13 @@ pub fn status(id: u32) -> Result<Option<Status>, Error> {
 ///
 /// # Errors
 ///
-/// [`Error::Served`] for a device that is being served; [`Error::Unavailable`], or the driver's.
+/// [`Error::Served`] for a device that is live, or whose process is: between ADD_DEV and START_DEV, and between STOP_DEV and
+/// DEL_DEV, the driver calls a device dead that its server is still about. [`Error::Unavailable`], or the driver's.
 pub fn delete(id: u32) -> Result<(), Error> {
     available()?;
     if let Some(control) = open(id)? {
         let status = status_of(&control);
-        if status.state == State::Live {
+        if status.state == State::Live || is_running(status.server) {
             return Err(Error::Served { id, pid: status.server });
         }
         delete_device(&control)?;
@@ -107,14 +108,23 @@ pub(crate) fn delete_device(control: &UblkCtrl) -> Result<(), Error> {
     }
 }
 
-/// Looks below /sys first: libublk prints a line to standard error when it has no notes about a device, as it has none
-/// about one that does not exist.
+/// Whether there is a process of that number, other than one that has ended and was not waited for.
+fn is_running(pid: i32) -> bool {
+    let Ok(pid) = u32::try_from(pid) else { return false };
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    // The name, which comes before, may hold anything.
+    let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim_start().chars().next());
+    state.is_some_and(|state| !['Z', 'X'].contains(&state))
+}
+
+/// Looks below /sys first, so that nothing is made for a device that does not exist.
 fn open(id: u32) -> Result<Option<UblkCtrl>, Error> {
     let Some(number) = i32::try_from(id).ok() else { return Ok(None) };
     let devices = Path::new("/sys/class/ublk-char");
     if devices.exists() && !devices.join(format!("ublkc{id}")).exists() {
         return Ok(None);
     }
+    let _stand_in = run_dir::stand_in(id);
     match UblkCtrl::new_simple(number) {
         Ok(control) => Ok(Some(control)),
         Err(e) if is_gone(&e) => Ok(None),
@@ -153,6 +163,20 @@ mod tests {
         // include/uapi/linux/ublk_cmd.h
         let all = [State::Dead, State::Live, State::Quiesced, State::Failing, State::Unknown(4)];
         assert_eq!([0, 1, 2, 3, 4].map(state), all);
+    }
+
+    #[test]
+    fn a_process_runs_until_it_is_a_zombie() {
+        assert!(is_running(i32::try_from(std::process::id()).unwrap()));
+        assert!(!is_running(-1));
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = i32::try_from(child.id()).unwrap();
+        let end = std::time::Instant::now() + std::time::Duration::from_secs(60);
+        while is_running(pid) {
+            assert!(std::time::Instant::now() < end);
+            std::thread::sleep(std::time::Duration::from_millis(5));
+        }
+        child.wait().unwrap();
     }
 
     #[test]

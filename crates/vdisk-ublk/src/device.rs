@@ -28,6 +28,16 @@ pub struct Options {
     pub io_buf_bytes: Option<u32>,
 }
 
+/// A device that the driver has made, and that does not answer yet.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Added {
+    /// Its number: the N of `/dev/ublkbN`.
+    pub id: u32,
+    /// Where the block device will be.
+    pub path: PathBuf,
+}
+
 /// A device that is there and answers.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -49,9 +59,12 @@ const END: Duration = Duration::from_secs(10);
 
 /// Serves `disk` as a block device until it is stopped, by `stop` or by another process.
 ///
-/// `ready` is called once, on the calling thread, when the device and its partitions exist and answer; not at all if it is
-/// stopped before. `files` are those
-/// of the disk's image. Needs root. The caller flushes and closes the disk afterwards: nothing of it is held here then.
+/// Two calls on the calling thread: `added` when the device has its number but was not started, for the books, so that
+/// whatever happens next the device is known; `ready` when it and its partitions exist and answer. Neither comes after a
+/// stop.
+///
+/// `files` are those of the disk's image. Needs root. The caller flushes and closes the disk afterwards: nothing of it is
+/// held here then.
 ///
 /// The process must not share a mount namespace that dies with it with users of the device (its end would unmount a file
 /// system whose last writes it has to serve).
@@ -59,11 +72,13 @@ const END: Duration = Duration::from_secs(10);
 /// # Errors
 ///
 /// Whatever kept the device from being made, or ended it before it was stopped. The device is deleted in any case, unless
-/// the driver does not answer ([`Error::TimedOut`]): then the process should end, and [`crate::delete`] be called by another.
+/// the driver does not do it ([`Error::device_may_exist`]): then the process should end, and [`crate::delete`] be called by
+/// another. It may even be served still ([`Error::device_may_live`]).
 pub fn serve(
     disk: Arc<Disk>,
     files: Arc<FileSet>,
     options: &Options,
+    added: impl FnOnce(&Added),
     ready: impl FnOnce(&Device),
     stop: Stop,
 ) -> Result<(), Error> {
@@ -75,12 +90,22 @@ pub fn serve(
     let plan = Plan { disk, files, queues, depth, io_buf_bytes, stop: stop.clone() };
     thread::Builder::new().name("ublk-control".to_owned()).spawn(move || plan.run(tell)).map_err(Error::Thread)?;
 
-    let id = match next(&events, ADD, "ADD_DEV")? {
-        Event::Added(id) => id,
+    // Without an answer: the driver may still make it.
+    let (id, go) = match next(&events, ADD, "ADD_DEV").map_err(Error::may_live)? {
+        Event::Added(id, go) => (id, go),
         Event::Fault(e) => return Err(e),
         Event::Ended(result) => return result,
         Event::Live => return Err(ended_early()),
     };
+    if !stop.is_triggered() {
+        added(&Added { id, path: node::path(id) });
+    }
+    // Looked at again: `added` may have found that there is no use in starting it.
+    if stop.is_triggered() {
+        drop(go);
+    } else {
+        let _ = go.send(());
+    }
     match next(&events, START, "START_DEV") {
         Ok(Event::Live) => {}
         Ok(Event::Ended(result)) => return result,
@@ -88,7 +113,7 @@ pub fn serve(
             wake_start(id);
             return Err(abandon(id, &stop, &events, e));
         }
-        Ok(Event::Added(_)) => return Err(abandon(id, &stop, &events, ended_early())),
+        Ok(Event::Added(..)) => return Err(abandon(id, &stop, &events, ended_early())),
     }
     if !stop.is_triggered() {
         ready(&Device { id, path: node::path(id), partitions: node::partitions(id) });
@@ -96,7 +121,7 @@ pub fn serve(
     match events.recv() {
         Ok(Event::Ended(result)) => result,
         Ok(Event::Fault(e)) => Err(abandon(id, &stop, &events, e)),
-        Ok(Event::Added(_) | Event::Live) | Err(_) => Err(abandon(id, &stop, &events, ended_early())),
+        Ok(Event::Added(..) | Event::Live) | Err(_) => Err(abandon(id, &stop, &events, ended_early())),
     }
 }
 
@@ -149,6 +174,7 @@ fn abandon(id: u32, stop: &Stop, events: &Receiver<Event>, why: Error) -> Error 
     let deadline = Instant::now() + END;
     loop {
         match events.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            Ok(Event::Ended(Err(e))) if e.device_may_exist() => return why.may_live(),
             Ok(Event::Ended(_)) => return why,
             Ok(_) => {}
             Err(_) => break,
@@ -160,7 +186,7 @@ fn abandon(id: u32, stop: &Stop, events: &Receiver<Event>, why: Error) -> Error 
     if let Ok(Err(e)) = told.recv_timeout(END / 5) {
         tracing::error!(device = id, "{e}");
     }
-    why
+    why.may_live()
 }
 
 #[cfg(test)]

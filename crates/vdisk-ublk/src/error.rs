@@ -57,7 +57,14 @@ pub enum Error {
         /// Path of the block device.
         path: String,
     },
-    /// The device is being served by a living process.
+    /// What began with `why` could not be ended: the driver may still send requests, and queue threads serve them. The disk
+    /// must not be closed, and the process should end.
+    #[error("{why} (and the device does not end)")]
+    MayLive {
+        /// The failure that it began with.
+        why: Box<Error>,
+    },
+    /// The device is being served, or just being made, by a living process.
     #[error("/dev/ublkb{id} is being served by process {pid}")]
     Served {
         /// Number of the device.
@@ -68,6 +75,24 @@ pub enum Error {
 }
 
 impl Error {
+    /// Whether requests may still be sent, and served by this process: then the disk must not be closed.
+    pub fn device_may_live(&self) -> bool {
+        matches!(self, Self::MayLive { .. })
+    }
+
+    /// Whether the driver may still have the device: then [`crate::delete`] it once this process has ended.
+    pub fn device_may_exist(&self) -> bool {
+        self.device_may_live() || matches!(self, Self::Control { command: "DEL_DEV", .. })
+    }
+
+    /// A failure of a device that could not be ended.
+    pub(crate) fn may_live(self) -> Self {
+        match self {
+            Self::MayLive { .. } => self,
+            why => Self::MayLive { why: Box::new(why) },
+        }
+    }
+
     /// A failed control command.
     pub(crate) fn control(command: &'static str) -> impl FnOnce(UblkError) -> Self {
         move |e| Self::Control { command, source: host_error(e) }
@@ -93,6 +118,17 @@ pub(crate) fn host_error(e: UblkError) -> io::Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_device_that_does_not_end_is_told_after_what_it_began_with_and_once() {
+        let e = Error::NotLive { path: "/dev/ublkb0".to_owned() }.may_live().may_live();
+        assert!(e.device_may_live() && e.device_may_exist());
+        assert_eq!(e.to_string().matches("does not end").count(), 1);
+        assert!(e.to_string().starts_with("/dev/ublkb0 is not the new device"), "{e}");
+        let e = Error::control("DEL_DEV")(UblkError::UringIOError(-libc::EIO));
+        assert!(!e.device_may_live() && e.device_may_exist());
+        assert!(!Error::control("START_DEV")(UblkError::UringIOError(-libc::EIO)).device_may_exist());
+    }
 
     #[test]
     fn the_errno_of_a_control_command_is_kept() {

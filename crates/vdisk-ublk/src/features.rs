@@ -9,6 +9,9 @@ use libublk::ctrl::UblkCtrl;
 const CONTROL: &str = "/dev/ublk-control";
 
 /// What the driver can do.
+///
+/// Nothing here asks for any of it yet: data is copied, which needs no flag, so no device is refused for one that this kernel
+/// does not have. What comes to use a flag has to look here first, for libublk asks for what it is told to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Features(u64);
 

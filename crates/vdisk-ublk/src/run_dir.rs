@@ -1,8 +1,8 @@
 //! libublk's directory of running devices.
 
-use std::fs::{self, DirBuilder, Permissions};
-use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt};
+use std::fs::{self, DirBuilder, OpenOptions, Permissions};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 /// Where libublk keeps a JSON file for each device.
@@ -34,6 +34,35 @@ pub(crate) fn forget(device: u32) {
     match fs::remove_file(file(device)) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => tracing::warn!(device, "remove libublk's file: {e}"),
         _ => {}
+    }
+}
+
+/// Makes a file for a device that has none, until the answer is dropped: libublk prints a line to standard error for want
+/// of one when it opens such a device, and finds nothing in it that it needs for that.
+pub(crate) fn stand_in(device: u32) -> Option<StandIn> {
+    prepare().ok()?;
+    stand_in_at(file(device))
+}
+
+fn stand_in_at(path: PathBuf) -> Option<StandIn> {
+    // Never through a link, and never over what is there.
+    let mut file = OpenOptions::new().write(true).create_new(true).mode(0o700).open(&path).ok()?;
+    let made = StandIn(path);
+    file.write_all(EMPTY).ok()?;
+    Some(made)
+}
+
+const EMPTY: &[u8] = b"{}";
+
+/// A file that is removed again, unless somebody has written to it.
+#[derive(Debug)]
+pub(crate) struct StandIn(PathBuf);
+
+impl Drop for StandIn {
+    fn drop(&mut self) {
+        if fs::read(&self.0).is_ok_and(|content| content == EMPTY) {
+            let _ = fs::remove_file(&self.0);
+        }
     }
 }
 
@@ -78,6 +107,22 @@ mod tests {
         assert!(prepare_at(&link, me()).is_err());
         assert!(prepare_at(&plain, me()).is_err());
         assert!(prepare_at(&real, me() + 1).is_err());
+        fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn a_stand_in_takes_no_ones_place_and_goes_away_unless_it_was_written_to() {
+        let dir = scratch("stand-in");
+        let path = dir.join("0000.json");
+        let made = stand_in_at(path.clone());
+        assert_eq!(fs::read(&path).unwrap(), b"{}");
+        assert!(stand_in_at(path.clone()).is_none());
+        drop(made);
+        assert!(!path.exists());
+        let made = stand_in_at(path.clone());
+        fs::write(&path, "{\"queues\":{}}").unwrap();
+        drop(made);
+        assert!(path.exists());
         fs::remove_dir_all(dir).unwrap();
     }
 

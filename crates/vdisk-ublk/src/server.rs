@@ -1,7 +1,7 @@
 //! The control thread: the life of a device from ADD_DEV to DEL_DEV.
 
 use std::sync::Arc;
-use std::sync::mpsc::Sender;
+use std::sync::mpsc::{self, Sender};
 
 use libublk::UblkFlags;
 use libublk::ctrl::{UblkCtrl, UblkCtrlBuilder};
@@ -20,8 +20,8 @@ use crate::threads::Queues;
 
 /// What the control thread tells.
 pub(crate) enum Event {
-    /// The device has a number.
-    Added(u32),
+    /// The device has a number. It is started at the word; deleted again if the word does not come.
+    Added(u32, Sender<()>),
     /// The device is there and answers.
     Live,
     /// A queue cannot be served any more: somebody else has to stop the device, for this thread may be waiting for it.
@@ -68,17 +68,22 @@ impl Plan {
             .build()
             .map_err(Error::control("ADD_DEV"))?;
         let id = control.dev_info().dev_id;
-        let result = match events.send(Event::Added(id)) {
-            Ok(()) => {
-                run_dir::forget(id);
-                self.serve(&control, events)
-            }
-            // Nobody waits for the device any more: the driver took too long.
-            Err(_) => Ok(()),
+        run_dir::forget(id);
+        let (go, word) = mpsc::channel();
+        let result = match events.send(Event::Added(id, go)) {
+            Ok(()) if word.recv().is_ok() => self.serve(&control, events),
+            // Stopped already. Or nobody waits for the device any more: the driver took too long.
+            Ok(()) | Err(_) => Ok(()),
         };
         // Also removes libublk's file. The device has stopped already, or was never started.
         let _ = control.stop_dev();
-        result.and(delete_device(&control))
+        match (result, delete_device(&control)) {
+            (Err(e), Err(also)) => {
+                tracing::error!(device = id, "{also}");
+                Err(e.may_live())
+            }
+            (result, deleted) => result.and(deleted),
+        }
     }
 
     fn serve(&self, control: &UblkCtrl, events: &Sender<Event>) -> Result<(), Error> {
@@ -112,8 +117,8 @@ impl Plan {
                 Ok(())
             }
             Err(e) => {
-                queues.abandon(control);
-                Err(e)
+                let ended = queues.abandon(control);
+                Err(if ended { e } else { e.may_live() })
             }
         }
     }

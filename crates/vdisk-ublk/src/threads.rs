@@ -124,13 +124,13 @@ impl Queues {
     }
 
     /// Ends the threads of a device that did not start, by stopping it until every thread has noticed: a fetch that
-    /// arrives after a stop is not answered by that one.
-    pub(crate) fn abandon(self, control: &UblkCtrl) {
+    /// arrives after a stop is not answered by that one. Whether they have ended: after a while they are given up.
+    pub(crate) fn abandon(self, control: &UblkCtrl) -> bool {
         let deadline = Instant::now() + Duration::from_secs(10);
         while self.threads.iter().any(|q| !q.thread.is_finished()) {
             if Instant::now() > deadline {
                 tracing::error!("queue threads of a device that did not start go on");
-                return;
+                return false;
             }
             if let Err(e) = control.kill_dev() {
                 tracing::warn!("STOP_DEV: {}", host_error(e));
@@ -138,6 +138,7 @@ impl Queues {
             thread::sleep(Duration::from_millis(20));
         }
         self.join();
+        true
     }
 }
 
