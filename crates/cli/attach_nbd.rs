@@ -18,15 +18,11 @@ pub(crate) fn available() -> Result<(), String> {
     kernel::available()
 }
 
-/// What the kernel keeps of a backend's name.
-const BACKEND_ID_MAX: usize = 255;
-
 /// Names the server to the kernel too: a device is only taken down under the same name. What tells it from other servers
 /// of the same image comes first, and so is never cut off.
 fn backend_id(server: &ServerId<'_>) -> String {
-    let mut id = format!("vdisk {} {} {}", server.pid, server.start_time, crate::failure::one_line(server.image));
-    id.truncate(id.floor_char_boundary(BACKEND_ID_MAX));
-    id
+    let image = crate::failure::one_line(server.image);
+    kernel::backend_id(&format!("vdisk {} {} {image}", server.pid, server.start_time))
 }
 
 /// The name that the kernel knows a device's server by (since Linux 5.14); none if it is not connected.

@@ -14,6 +14,7 @@ pub mod codec;
 mod error;
 mod export;
 pub mod kernel;
+mod log;
 mod server;
 mod stop;
 

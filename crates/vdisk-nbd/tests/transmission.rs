@@ -10,7 +10,7 @@ use std::time::Duration;
 use support::{Memory, talk};
 use tokio::sync::{Notify, oneshot};
 use vdisk_image::{DiskError, ErrorKind, Flags, Op};
-use vdisk_nbd::codec::{Command, ProtocolError};
+use vdisk_nbd::codec::{Command, ProtocolError, RequestHeader};
 use vdisk_nbd::{ConnectionError, End, Stop, serve_transmission, stop_channel};
 
 const FUA: u16 = 1;
@@ -369,6 +369,73 @@ async fn a_server_that_stops_waits_10_seconds_for_a_client_that_does_not_read() 
     })
     .await;
     assert!(matches!(end, Err(ConnectionError::Drain(10))), "{end:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_stalls_in_a_payload_is_cut_after_60_seconds_and_an_idle_one_is_not() {
+    let (end, ()) = talk(Memory::new(1 << 20), Stop::never(), async |mut client| {
+        client.go(false).await;
+        tokio::time::sleep(Duration::from_secs(3600)).await;
+        client.request(Command::Write, 0, 1, 0, 1 << 20).await;
+        for _ in 0..5 {
+            tokio::time::sleep(Duration::from_secs(50)).await;
+            client.send(&[1]).await;
+        }
+        tokio::time::sleep(Duration::from_secs(61)).await;
+        assert!(client.is_closed().await);
+    })
+    .await;
+    assert_eq!(end.unwrap_err().to_string(), "connection: the client sent nothing for 60 s");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_client_that_takes_no_replies_is_cut_after_60_seconds() {
+    let (end, ()) = talk(Memory::new(8 << 20), Stop::never(), async |mut client| {
+        client.go(false).await;
+        client.request(Command::Read, 0, 1, 0, 8 << 20).await;
+        for _ in 0..5 {
+            tokio::time::sleep(Duration::from_secs(50)).await;
+            client.many(200 << 10).await;
+        }
+        tokio::time::sleep(Duration::from_secs(71)).await;
+        drop(client);
+    })
+    .await;
+    assert_eq!(end.unwrap_err().to_string(), "connection: the client took nothing for 60 s");
+}
+
+/// What becomes of requests that the kernel sent before it shut the socket.
+async fn left_behind(requests: &[u8]) -> (Result<End, ConnectionError>, Vec<Op>) {
+    let (mut near, far) = std::os::unix::net::UnixStream::pair().unwrap();
+    std::io::Write::write_all(&mut near, requests).unwrap();
+    drop(near);
+    far.set_nonblocking(true).unwrap();
+    let memory = Memory::new(4096);
+    let seen = Rc::clone(&memory.seen);
+    let local = tokio::task::LocalSet::new();
+    let served = local.run_until(async move {
+        let far = tokio::net::UnixStream::from_std(far).unwrap();
+        serve_transmission(far, Rc::new(memory), &Stop::never()).await
+    });
+    let end = served.await;
+    let seen = seen.borrow().iter().map(|(op, _)| *op).collect();
+    (end, seen)
+}
+
+#[tokio::test]
+async fn changes_of_a_socket_that_the_kernel_gave_up_are_not_begun() {
+    let header = |command, len| RequestHeader { flags: 0, command, cookie: 1, offset: 0, len }.encode();
+    let mut requests = [&header(Command::Write, 512)[..], &[7; 512]].concat();
+    requests.extend(header(Command::Trim, 512));
+    requests.extend(header(Command::WriteZeroes, 512));
+    let (end, seen) = left_behind(&requests).await;
+    assert_eq!((end.unwrap(), seen), (End::Closed, vec![]));
+
+    // Whether the device was disconnected is known even if replies could not be written.
+    requests.extend(header(Command::Read, 512));
+    requests.extend(header(Command::Disc, 0));
+    let (end, seen) = left_behind(&requests).await;
+    assert_eq!((end.unwrap(), seen), (End::Disconnected, vec![Op::Read]));
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use tracing::debug;
 
 use super::error::AttachError;
-use super::sys::reread_partitions;
+use super::sys::{delete_partition, reread_partitions};
 use super::sysfs::{Partition, Sysfs, partitions_are_off};
 
 /// How long a node may take to appear: the kernel makes it at once, udev may rename or chmod it.
@@ -41,6 +41,9 @@ pub fn partitions(index: u32) -> io::Result<Vec<Partition>> {
 
 /// Opens a disconnected device once: until then the kernel keeps the nodes of its old partitions.
 ///
+/// Waits up to 2 s for others to close it: the kernel ends a device with its last user, and would read the partition
+/// table of one that is not served any more if it was opened before.
+///
 /// # Errors
 ///
 /// The host's.
@@ -49,6 +52,16 @@ pub fn forget_partitions(index: u32) -> io::Result<()> {
     // The kernel may still be at it.
     poll_until(Duration::from_secs(2), || sysfs.pid().is_none());
     File::open(path_of(index)).map(drop)
+}
+
+/// Makes the kernel forget the partitions of a device that is open, which others may have open too: unlike
+/// [`forget_partitions`] this waits for nobody. Those that are in use stay.
+pub(super) fn delete_partitions(index: u32, device: &File) {
+    for partition in partitions(index).unwrap_or_default() {
+        if let Err(e) = delete_partition(device, partition.number) {
+            debug!("forget {}: {e}", partition.path.display());
+        }
+    }
 }
 
 pub(super) fn path_of(index: u32) -> PathBuf {
@@ -92,7 +105,7 @@ fn is_block_device(path: &Path) -> bool {
 }
 
 /// Whether `done` came true in time.
-fn poll_until(deadline: Duration, done: impl Fn() -> bool) -> bool {
+pub(super) fn poll_until(deadline: Duration, done: impl Fn() -> bool) -> bool {
     let started = Instant::now();
     while !done() {
         if started.elapsed() >= deadline {

@@ -43,11 +43,11 @@ pub struct Connect<'a> {
     /// What the server can do; more than one socket needs [`TransmissionFlags::CAN_MULTI_CONN`].
     pub flags: TransmissionFlags,
     /// A request that takes longer is sent again on another socket, and the slow one is given up. Whole seconds, at
-    /// least one. (Without it a device keeps the timeout of its last user.)
+    /// least one: 0 would leave a device the timeout of its last user, or 30 s.
     pub timeout: Duration,
     /// How long requests wait for new sockets after the last one was lost, in whole seconds.
     pub dead_connection_timeout: Duration,
-    /// Who serves the device; in `/sys/block/nbdN/backend` since Linux 5.14. At most 255 bytes are used.
+    /// Who serves the device; in `/sys/block/nbdN/backend` since Linux 5.14, as [`backend_id`] cuts it.
     pub backend_id: &'a str,
     /// The kernel's ends of the socket pairs. It keeps its own references.
     pub sockets: Vec<BorrowedFd<'a>>,
@@ -59,7 +59,6 @@ impl Connect<'_> {
             Some(index) => message.u32(NBD_ATTR_INDEX, index),
             None => message,
         };
-        let id_end = (0..=255.min(self.backend_id.len())).rev().find(|at| self.backend_id.is_char_boundary(*at));
         message
             .u64(NBD_ATTR_SIZE_BYTES, self.size)
             .u64(NBD_ATTR_BLOCK_SIZE_BYTES, BLOCK_SIZE)
@@ -67,7 +66,7 @@ impl Connect<'_> {
             .u64(NBD_ATTR_DEAD_CONN_TIMEOUT, self.dead_connection_timeout.as_secs())
             .u64(NBD_ATTR_SERVER_FLAGS, self.flags.wire().into())
             .u64(NBD_ATTR_CLIENT_FLAGS, 0)
-            .string(NBD_ATTR_BACKEND_IDENTIFIER, self.backend_id.get(..id_end.unwrap_or(0)).unwrap_or_default())
+            .string(NBD_ATTR_BACKEND_IDENTIFIER, &backend_id(self.backend_id))
             .nested(NBD_ATTR_SOCKETS, |mut message| {
                 for socket in &self.sockets {
                     let fd = socket.as_raw_fd().to_ne_bytes();
@@ -76,6 +75,13 @@ impl Connect<'_> {
                 message
             })
     }
+}
+
+/// What the kernel is told, and shows in sysfs, of a text that names a server: at most its first 255 bytes.
+pub fn backend_id(text: &str) -> String {
+    // It is a C string for the kernel.
+    let text = text.split('\0').next().unwrap_or_default();
+    text.get(..text.floor_char_boundary(255)).unwrap_or_default().to_owned()
 }
 
 /// Whether this kernel's client can be used by this process, or why not. Loading the module is left to the caller,
@@ -202,6 +208,7 @@ mod tests {
             backend_id: &id,
             sockets: vec![],
         };
+        assert_eq!((backend_id(&id).len(), backend_id("short\0er")), (255, "short".to_owned()));
         let bytes = request.attributes(Message::new(0x1c, NBD_CMD_CONNECT, 1)).finish();
         assert!(bytes.windows(4).any(|w| w == [4, 1, 10, 0].map(|b: u8| b)), "255 bytes, the NUL and the header");
     }

@@ -1,5 +1,6 @@
 //! One connection from the first byte to the last.
 
+use std::os::fd::AsFd;
 use std::rc::Rc;
 use std::time::Duration;
 
@@ -9,6 +10,7 @@ use tracing::debug;
 
 use super::handshake::{Agreed, handshake};
 use super::reader::Reader;
+use super::terms::Terms;
 use super::transmission::transmission;
 use crate::backend::Backend;
 use crate::error::ConnectionError;
@@ -49,32 +51,52 @@ where
     S: AsyncRead + AsyncWrite + 'static,
     B: Backend,
 {
+    serve_stranger(stream, Terms::stranger(None), backend, export, stop).await
+}
+
+/// [`serve_connection`] on these terms.
+pub(super) async fn serve_stranger<S, B>(
+    stream: S,
+    terms: Terms,
+    backend: Rc<B>,
+    export: &Export,
+    stop: &Stop,
+) -> Result<End, ConnectionError>
+where
+    S: AsyncRead + AsyncWrite + 'static,
+    B: Backend,
+{
     let (read, mut write) = tokio::io::split(stream);
-    let mut reader = Reader::new(read);
+    let mut reader = Reader::new(read, terms.stall);
     let agreed = timeout(HANDSHAKE_DEADLINE, handshake(&mut reader, &mut write, &backend.geometry(), export, stop))
         .await
         .map_err(|_| ConnectionError::HandshakeDeadline(HANDSHAKE_DEADLINE.as_secs()))??;
     match agreed {
         Agreed::Transmission { structured } => {
             debug!(structured, "transmission begins");
-            transmission(reader, write, backend, structured, stop).await
+            transmission(reader, write, terms, backend, structured, stop).await
         }
         Agreed::Leave => Ok(End::Aborted),
     }
 }
 
-/// Serves transmission without a handshake before it and with simple replies only: what the kernel's client speaks.
+/// Serves the kernel's client: transmission without a handshake before it, and simple replies only.
+///
+/// The kernel may take any time to send and to read. It shuts a socket that it gives up, and sends what was in flight
+/// again on another: changes that have not begun by then never begin, or they could undo newer ones.
+/// [`End::Disconnected`] says that the device was disconnected, [`End::Closed`] that the socket was given up.
 ///
 /// As [`serve_connection`] otherwise.
 ///
 /// # Errors
 ///
 /// Why the connection was cut.
-pub async fn serve_transmission<S, B>(stream: S, backend: Rc<B>, stop: &Stop) -> Result<End, ConnectionError>
-where
-    S: AsyncRead + AsyncWrite + 'static,
-    B: Backend,
-{
+pub async fn serve_transmission<B: Backend>(
+    stream: tokio::net::UnixStream,
+    backend: Rc<B>,
+    stop: &Stop,
+) -> Result<End, ConnectionError> {
+    let terms = Terms::kernel(stream.as_fd().try_clone_to_owned()?);
     let (read, write) = tokio::io::split(stream);
-    transmission(Reader::new(read), write, backend, false, stop).await
+    transmission(Reader::new(read, terms.stall), write, terms, backend, false, stop).await
 }

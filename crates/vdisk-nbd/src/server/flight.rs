@@ -1,16 +1,21 @@
 //! What is in flight on one connection, and the bounds on it.
 
 use std::cell::Cell;
+use std::pin::pin;
 use std::rc::Rc;
 
 use tokio::sync::Notify;
 
+use super::budget::{Budget, Share};
 use crate::codec::MAX_PAYLOAD;
 
 /// Requests that are read and not answered yet: twice the kernel client's 128 per socket.
 const MAX_REQUESTS: usize = 256;
 /// Bytes of buffers of these requests; the largest request fits alone.
 const MAX_BYTES: usize = MAX_PAYLOAD as usize;
+/// What a connection may have in flight, as its only request, without asking the common budget: whatever the others do,
+/// it goes on. Larger than what clients send by default, and small enough to be granted to all of them.
+const OWN_BYTES: usize = 4 << 20;
 
 /// Counts what is in flight. One task waits at a time.
 #[derive(Debug, Default)]
@@ -19,6 +24,7 @@ pub(super) struct Flight {
     bytes: Cell<usize>,
     running: Cell<usize>,
     changed: Notify,
+    budget: Option<Budget>,
 }
 
 /// One request's share. Goes with the reply, and comes back when the reply is written or dropped.
@@ -26,6 +32,7 @@ pub(super) struct Flight {
 pub(super) struct Permit {
     flight: Rc<Flight>,
     bytes: usize,
+    _share: Option<Share>,
 }
 
 /// One future of the backend that was begun.
@@ -33,6 +40,10 @@ pub(super) struct Permit {
 pub(super) struct Running(Rc<Flight>);
 
 impl Flight {
+    pub(super) fn new(budget: Option<Budget>) -> Self {
+        Self { budget, ..Self::default() }
+    }
+
     /// Takes a share of `bytes` (at most [`MAX_PAYLOAD`]), when there is one.
     pub(super) async fn permit(self: &Rc<Self>, bytes: usize) -> Permit {
         while self.requests.get() >= MAX_REQUESTS
@@ -40,9 +51,28 @@ impl Flight {
         {
             self.changed.notified().await;
         }
+        let share = match &self.budget {
+            Some(budget) if bytes > 0 => self.share(budget, bytes).await,
+            _ => None,
+        };
         self.requests.set(self.requests.get() + 1);
         self.bytes.set(self.bytes.get() + bytes);
-        Permit { flight: Rc::clone(self), bytes }
+        Permit { flight: Rc::clone(self), bytes, _share: share }
+    }
+
+    /// A share of the common budget, unless this connection has nothing else in flight and needs none.
+    async fn share(&self, budget: &Budget, bytes: usize) -> Option<Share> {
+        let mut share = pin!(budget.share(bytes));
+        loop {
+            if self.bytes.get() == 0 && bytes <= OWN_BYTES {
+                return None;
+            }
+            tokio::select! {
+                biased;
+                share = share.as_mut() => return share,
+                () = self.changed.notified() => {}
+            }
+        }
     }
 
     pub(super) fn run(self: &Rc<Self>) -> Running {
@@ -110,6 +140,27 @@ mod tests {
         assert!(now(flight.all_answered()).is_none());
         drop(nothing);
         assert!(now(flight.all_answered()).is_some());
+    }
+
+    #[test]
+    fn connections_share_a_budget_and_each_has_one_request_besides() {
+        let budget = Budget::new(16 << 20);
+        let flight = || Rc::new(Flight::new(Some(budget.clone())));
+        let (greedy, other) = (flight(), flight());
+        let all = now(greedy.permit(16 << 20)).unwrap();
+        assert!(now(other.permit(OWN_BYTES + 1)).is_none());
+        let first = now(other.permit(OWN_BYTES)).unwrap();
+        assert!(now(other.permit(4096)).is_none());
+        assert!(now(other.permit(0)).is_some());
+        {
+            // One that waits for the budget goes on when its connection has nothing else in flight.
+            let mut waiting = pin!(other.permit(4096));
+            assert!(now(waiting.as_mut()).is_none());
+            drop(first);
+            assert!(now(waiting).is_some());
+        }
+        drop(all);
+        assert!(now(greedy.permit(OWN_BYTES + 1)).is_some());
     }
 
     #[test]

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -13,18 +14,25 @@ use std::sync::mpsc as std_mpsc;
 use std::thread;
 use std::time::Duration;
 
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, setsockopt, socket, sockopt};
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
 
-use super::connection::serve_connection;
+use super::budget::Budget;
+use super::connection::serve_stranger;
+use super::terms::Terms;
 use super::transmission::chain;
 use super::worker::run_on_this_thread;
 use crate::backend::Backend;
 use crate::error::ServeError;
 use crate::export::Export;
+use crate::log::Limited;
 use crate::stop::Stop;
+
+/// What clients do to themselves, and can do as often as they like.
+static CLIENTS: Limited = Limited::new();
 
 /// Where to listen, and with how many threads.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -37,12 +45,15 @@ pub struct ServerOptions {
     pub workers: usize,
     /// Connections at the same time; more are closed at once. qemu allows 100 since CVE-2024-7409.
     pub max_connections: usize,
+    /// Bytes of buffers of all requests in flight. Besides, every connection may have one request of up to 4 MiB in
+    /// flight, so that none waits for the others for ever.
+    pub memory: usize,
 }
 
 impl Default for ServerOptions {
     fn default() -> Self {
         let cores = thread::available_parallelism().map_or(1, usize::from);
-        Self { unix: None, tcp: None, workers: cores.min(4), max_connections: 100 }
+        Self { unix: None, tcp: None, workers: cores.min(4), max_connections: 100, memory: 512 << 20 }
     }
 }
 
@@ -53,6 +64,7 @@ pub struct Server {
     tcp: Option<TcpListener>,
     workers: usize,
     max_connections: usize,
+    budget: Budget,
 }
 
 impl Server {
@@ -67,7 +79,8 @@ impl Server {
         }
         let unix = options.unix.as_deref().map(bind_unix).transpose()?;
         let tcp = options.tcp.map(bind_tcp).transpose()?;
-        Ok(Self { unix, tcp, workers: options.workers.max(1), max_connections: options.max_connections })
+        let (workers, max_connections) = (options.workers.max(1), options.max_connections);
+        Ok(Self { unix, tcp, workers, max_connections, budget: Budget::new(options.memory) })
     }
 
     /// The TCP address, with the port that was taken.
@@ -94,12 +107,12 @@ impl Server {
             for number in 0..self.workers {
                 let (queue, incoming) = mpsc::unbounded_channel();
                 queues.push(queue);
-                let started = started.clone();
+                let (started, budget) = (started.clone(), self.budget.clone());
                 thread::Builder::new()
                     .name(format!("nbd-{number}"))
                     .spawn_scoped(scope, move || {
                         let failed = started.clone();
-                        let run = run_on_this_thread(worker(incoming, export, backend, stop, started));
+                        let run = run_on_this_thread(worker(incoming, budget, export, backend, stop, started));
                         if let Err(e) = run.flatten() {
                             let _ = failed.send(Err(e));
                         }
@@ -172,11 +185,17 @@ async fn next_stream(
         let place = Place(Arc::clone(open));
         let before = open.fetch_add(1, Ordering::Relaxed);
         match accepted {
-            Ok(_) if before >= max => warn!("a connection is closed: there are {max} already"),
+            Ok(_) if before >= max => {
+                if let Some(left_out) = CLIENTS.line() {
+                    warn!("a connection is closed: there are {max} already{left_out}");
+                }
+            }
             Ok(stream) => return Accepted { stream, _place: place },
             Err(e) => {
                 // Out of file descriptors, most likely: the connection stays in the backlog.
-                warn!("accept a connection: {e}");
+                if let Some(left_out) = CLIENTS.line() {
+                    warn!("accept a connection: {e}{left_out}");
+                }
                 tokio::time::sleep(Duration::from_millis(100)).await;
             }
         }
@@ -196,34 +215,46 @@ async fn accept_tcp(listener: Option<&tokio::net::TcpListener>) -> io::Result<St
             let (stream, from) = listener.accept().await?;
             debug!(%from, "connection");
             stream.set_nodelay(true)?;
+            keep_alive(&stream).unwrap_or_else(|e| debug!("keep-alive: {e}"));
             Ok(Stream::Tcp(stream.into_std()?))
         }
         None => std::future::pending().await,
     }
 }
 
+/// Lets a client whose machine has vanished be noticed, after two minutes.
+fn keep_alive(stream: &tokio::net::TcpStream) -> io::Result<()> {
+    setsockopt(stream, sockopt::KeepAlive, &true)?;
+    setsockopt(stream, sockopt::TcpKeepIdle, &60)?;
+    setsockopt(stream, sockopt::TcpKeepInterval, &15)?;
+    setsockopt(stream, sockopt::TcpKeepCount, &4)?;
+    Ok(())
+}
+
 async fn worker<B: Backend>(
     mut incoming: mpsc::UnboundedReceiver<Accepted>,
+    budget: Budget,
     export: &Export,
     backend: &impl Fn() -> io::Result<B>,
     stop: &Stop,
     started: std_mpsc::Sender<io::Result<()>>,
 ) -> io::Result<()> {
     let backend = Rc::new(backend()?);
+    let terms = Terms::stranger(Some(budget));
     let _ = started.send(Ok(()));
     let mut connections = JoinSet::new();
     loop {
         tokio::select! {
             accepted = incoming.recv() => match accepted {
                 Some(accepted) => {
-                    let (backend, export, stop) = (Rc::clone(&backend), export.clone(), stop.clone());
+                    let (backend, terms, export, stop) = (Rc::clone(&backend), terms.clone(), export.clone(), stop.clone());
                     connections.spawn_local(async move {
                         let Accepted { stream, _place } = accepted;
                         let served = match stream {
                             Stream::Unix(stream) => tokio::net::UnixStream::from_std(stream)
-                                .map(|stream| one(stream, backend, export, stop).boxed()),
+                                .map(|stream| one(stream, terms, backend, export, stop).boxed()),
                             Stream::Tcp(stream) => tokio::net::TcpStream::from_std(stream)
-                                .map(|stream| one(stream, backend, export, stop).boxed()),
+                                .map(|stream| one(stream, terms, backend, export, stop).boxed()),
                         };
                         match served {
                             Ok(served) => served.await,
@@ -248,10 +279,18 @@ trait Boxed: Future<Output = ()> + Sized + 'static {
 }
 impl<F: Future<Output = ()> + 'static> Boxed for F {}
 
-async fn one<S: AsyncRead + AsyncWrite + 'static, B: Backend>(stream: S, backend: Rc<B>, export: Export, stop: Stop) {
-    match serve_connection(stream, backend, &export, &stop).await {
+async fn one<S, B>(stream: S, terms: Terms, backend: Rc<B>, export: Export, stop: Stop)
+where
+    S: AsyncRead + AsyncWrite + 'static,
+    B: Backend,
+{
+    match serve_stranger(stream, terms, backend, &export, &stop).await {
         Ok(end) => debug!(?end, "connection ended"),
-        Err(e) => info!("connection cut: {}", chain(&e)),
+        Err(e) => {
+            if let Some(left_out) = CLIENTS.line() {
+                info!("connection cut: {}{left_out}", chain(&e));
+            }
+        }
     }
 }
 
@@ -276,16 +315,27 @@ fn bind_unix(path: &Path) -> Result<(UnixListener, OwnSocket), ServeError> {
         if !metadata.file_type().is_socket() {
             return Err(ServeError::NotASocket(path.to_owned()));
         }
-        match UnixStream::connect(path) {
-            Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(failed)?,
-            Err(e) => return Err(failed(e)),
-            Ok(_) => return Err(ServeError::SocketInUse(path.to_owned())),
+        if is_listened_on(path).map_err(failed)? {
+            return Err(ServeError::SocketInUse(path.to_owned()));
         }
+        fs::remove_file(path).map_err(failed)?;
     }
     let listener = UnixListener::bind(path).map_err(failed)?;
     listener.set_nonblocking(true).map_err(failed)?;
     let metadata = fs::symlink_metadata(path).map_err(failed)?;
     Ok((listener, OwnSocket { path: path.to_owned(), id: (metadata.dev(), metadata.ino()) }))
+}
+
+/// Whether somebody listens on a socket file. Does not wait for one whose backlog is full.
+fn is_listened_on(path: &Path) -> io::Result<bool> {
+    let address = UnixAddr::new(path)?;
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let socket = socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    match connect(socket.as_raw_fd(), &address) {
+        Ok(()) | Err(nix::Error::EAGAIN) => Ok(true),
+        Err(nix::Error::ECONNREFUSED) => Ok(false),
+        Err(e) => Err(e.into()),
+    }
 }
 
 fn bind_tcp(address: SocketAddr) -> Result<TcpListener, ServeError> {

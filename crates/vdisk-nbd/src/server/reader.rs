@@ -2,10 +2,16 @@
 
 use std::io;
 
+use std::time::Duration;
+
 use tokio::io::{AsyncRead, AsyncReadExt};
+
+use super::terms::progress;
 
 /// Fifteen writes of 4 KiB and their headers.
 const CAPACITY: usize = 64 << 10;
+/// What a client does that stalls.
+const SENT: &str = "sent";
 
 /// A stream with what was read from it and not taken yet.
 #[derive(Debug)]
@@ -14,11 +20,13 @@ pub(super) struct Reader<R> {
     buffer: Box<[u8]>,
     start: usize,
     end: usize,
+    /// How long a payload may make no progress.
+    stall: Option<Duration>,
 }
 
 impl<R: AsyncRead + Unpin> Reader<R> {
-    pub(super) fn new(stream: R) -> Self {
-        Self { stream, buffer: vec![0; CAPACITY].into_boxed_slice(), start: 0, end: 0 }
+    pub(super) fn new(stream: R, stall: Option<Duration>) -> Self {
+        Self { stream, buffer: vec![0; CAPACITY].into_boxed_slice(), start: 0, end: 0, stall }
     }
 
     fn ready(&self) -> &[u8] {
@@ -53,11 +61,15 @@ impl<R: AsyncRead + Unpin> Reader<R> {
     /// Fills `to`.
     pub(super) async fn exact(&mut self, to: &mut [u8]) -> io::Result<()> {
         let n = to.len().min(self.ready().len());
-        let (head, tail) = to.split_at_mut(n);
+        let (head, mut tail) = to.split_at_mut(n);
         head.copy_from_slice(self.ready().get(..n).unwrap_or_default());
         self.start += n;
-        if !tail.is_empty() {
-            self.stream.read_exact(tail).await?;
+        while !tail.is_empty() {
+            let n = progress(self.stall, SENT, self.stream.read(tail)).await?;
+            if n == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            tail = tail.get_mut(n..).unwrap_or_default();
         }
         Ok(())
     }
@@ -71,7 +83,7 @@ impl<R: AsyncRead + Unpin> Reader<R> {
             if len == 0 {
                 return Ok(());
             }
-            if self.fill().await? == 0 {
+            if progress(self.stall, SENT, self.fill()).await? == 0 {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }
@@ -85,7 +97,7 @@ mod tests {
     #[tokio::test]
     async fn frames_and_payloads_come_out_whole_whatever_the_stream_gives_at_once() {
         let bytes: Vec<u8> = (0..300_000_u32).map(|n| n.to_be_bytes()[3]).collect();
-        let mut reader = Reader::new(&bytes[..]);
+        let mut reader = Reader::new(&bytes[..], None);
         let mut at = 0_usize;
         for len in [1, 4096, 70_000, 3, 65_536, 100_000] {
             let frame: [u8; 28] = loop {

@@ -12,8 +12,9 @@ use vdisk_io::Buf;
 
 use super::connection::End;
 use super::flight::{Flight, Permit};
-use super::pool::{Pool, capacity_for};
+use super::pool::capacity_for;
 use super::reader::Reader;
+use super::terms::Terms;
 use super::writer::{Payload, Queue, Reply, write_replies};
 use crate::backend::Backend;
 use crate::codec::{
@@ -21,24 +22,29 @@ use crate::codec::{
     offset_data_head, simple_reply,
 };
 use crate::error::ConnectionError;
+use crate::log::Limited;
 use crate::stop::Stop;
 
 /// How long a client may take to read its last replies once the server stops or the client has gone.
 const DRAIN_DEADLINE: Duration = Duration::from_secs(10);
 
+/// Requests that failed, on any connection: a full or poisoned image fails them all.
+static FAILURES: Limited = Limited::new();
+
 /// What the tasks of a connection share.
 struct Shared<B> {
+    terms: Terms,
     backend: Rc<B>,
     geometry: Geometry,
     structured: bool,
     flight: Rc<Flight>,
-    pool: Rc<Pool>,
     queue: Rc<Queue>,
 }
 
 pub(super) async fn transmission<R, W, B>(
     reader: Reader<R>,
     write: W,
+    terms: Terms,
     backend: Rc<B>,
     structured: bool,
     stop: &Stop,
@@ -49,22 +55,26 @@ where
     B: Backend,
 {
     let geometry = backend.geometry();
-    let shared = Rc::new(Shared {
-        backend,
-        geometry,
-        structured,
-        flight: Rc::default(),
-        pool: Rc::default(),
-        queue: Rc::default(),
-    });
-    let mut writer = tokio::task::spawn_local(write_replies(write, Rc::clone(&shared.queue), Rc::clone(&shared.pool)));
+    let flight = Rc::new(Flight::new(terms.budget.clone()));
+    let shared = Rc::new(Shared { terms, backend, geometry, structured, flight, queue: Rc::default() });
+    let (queue, pool, stall) = (Rc::clone(&shared.queue), Rc::clone(&shared.terms.pool), shared.terms.stall);
+    let mut writer = tokio::task::spawn_local(write_replies(write, queue, pool, stall));
+    let mut reading = pin!(read_requests(reader, &shared, stop));
     let end = tokio::select! {
-        end = read_requests(reader, &shared, stop) => end,
-        written = &mut writer => Err(ConnectionError::Stream(match written {
-            Ok(Err(e)) => e,
-            Ok(Ok(())) => std::io::ErrorKind::BrokenPipe.into(),
-            Err(e) => std::io::Error::other(e),
-        })),
+        end = &mut reading => end,
+        written = &mut writer => {
+            let error = ConnectionError::Stream(match written {
+                Ok(Err(e)) => e,
+                Ok(Ok(())) => std::io::ErrorKind::BrokenPipe.into(),
+                Err(e) => std::io::Error::other(e),
+            });
+            // Whether the kernel said DISC before it shut the socket tells why it did.
+            let last_words = shared.terms.kernel.is_some();
+            match if last_words { timeout(DRAIN_DEADLINE, reading).await.ok() } else { None } {
+                Some(Ok(end)) => Ok(end),
+                _ => Err(error),
+            }
+        }
         () = too_late(stop) => Err(ConnectionError::Drain(DRAIN_DEADLINE.as_secs())),
     };
     shared.flight.none_running().await;
@@ -106,7 +116,7 @@ async fn read_requests<R: AsyncRead + Unpin, B: Backend>(
             Ok(request) => {
                 let len = shared.buffer_len(&request);
                 let permit = shared.flight.permit(if len == 0 { 0 } else { capacity_for(len) }).await;
-                let mut buf = if len == 0 { Buf::new(0) } else { shared.pool.take(len) };
+                let mut buf = if len == 0 { Buf::new(0) } else { shared.terms.pool.take(len) };
                 if payload > 0 {
                     let bytes = buf.get_mut().and_then(|bytes| bytes.get_mut(..len));
                     let bytes = bytes.ok_or_else(|| std::io::Error::other("a fresh buffer is shared"))?;
@@ -115,7 +125,9 @@ async fn read_requests<R: AsyncRead + Unpin, B: Backend>(
                 let running = shared.flight.run();
                 let shared = Rc::clone(shared);
                 tokio::task::spawn_local(async move {
-                    shared.serve(header, request, buf, permit).await;
+                    if shared.may_begin(&request) {
+                        shared.serve(header, request, buf, permit).await;
+                    }
                     drop(running);
                 });
             }
@@ -181,6 +193,12 @@ impl<B: Backend> Shared<B> {
             .map_err(|e| (nbd_error(e.kind(), op), e.to_string()))
     }
 
+    /// Whether a request may be begun. A change of a socket that the kernel gave up may not: it is sent again on
+    /// another, and newer changes of the same place may have been made there.
+    fn may_begin(&self, request: &Request) -> bool {
+        matches!(request.op(), Op::Read | Op::Flush) || !self.terms.is_given_up()
+    }
+
     /// Bytes of the buffer that a request needs.
     fn buffer_len(&self, request: &Request) -> usize {
         match request.op() {
@@ -195,7 +213,9 @@ impl<B: Backend> Shared<B> {
         let len = self.buffer_len(&request);
         let reply = match result {
             Ok(()) if op == Op::Read && len > 0 && buf.get_mut().is_none() => {
-                warn!(offset = request.offset(), len, "the engine kept the buffer of a read");
+                if let Some(left_out) = FAILURES.line() {
+                    warn!(offset = request.offset(), len, "the engine kept the buffer of a read{left_out}");
+                }
                 self.failed(&header, NbdError::Io, "the host failed to read the image", permit)
             }
             Ok(()) if op == Op::Read && len > 0 => {
@@ -207,14 +227,17 @@ impl<B: Backend> Shared<B> {
                 Reply { head, payload: Payload::Data(buf, len), permit }
             }
             done => {
-                self.pool.give(buf);
+                self.terms.pool.give(buf);
                 match done {
                     Ok(()) if op == Op::Read && self.structured => {
                         Reply { head: none_chunk(header.cookie).into(), payload: Payload::None, permit }
                     }
                     Ok(()) => Reply { head: simple_reply(header.cookie, None).into(), payload: Payload::None, permit },
                     Err(e) => {
-                        warn!(offset = request.offset(), len = request.len(), "{op:?} failed: {}", chain(&e));
+                        if let Some(left_out) = FAILURES.line() {
+                            let (offset, len) = (request.offset(), request.len());
+                            warn!(offset, len, "{op:?} failed: {}{left_out}", chain(&e));
+                        }
                         self.failed(&header, nbd_error(e.kind(), op), told(&e), permit)
                     }
                 }

@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io::{self, IoSlice};
 use std::rc::Rc;
+use std::time::Duration;
 
 use tokio::io::{AsyncWrite, AsyncWriteExt};
 use tokio::sync::Notify;
@@ -11,6 +12,7 @@ use vdisk_io::Buf;
 
 use super::flight::Permit;
 use super::pool::Pool;
+use super::terms::progress;
 
 /// Replies that are joined at most.
 const BATCH: usize = 32;
@@ -105,6 +107,7 @@ pub(super) async fn write_replies<W: AsyncWrite + Unpin>(
     mut stream: W,
     queue: Rc<Queue>,
     pool: Rc<Pool>,
+    stall: Option<Duration>,
 ) -> io::Result<()> {
     let guard = CloseOnDrop(queue);
     let mut batch = Vec::with_capacity(BATCH);
@@ -113,7 +116,7 @@ pub(super) async fn write_replies<W: AsyncWrite + Unpin>(
         if batch.is_empty() {
             return stream.shutdown().await;
         }
-        write_all(&mut stream, &mut batch).await?;
+        write_all(&mut stream, &mut batch, stall).await?;
         for Reply { payload, permit, .. } in batch.drain(..) {
             if let Payload::Data(buf, _) = payload {
                 pool.give(buf);
@@ -123,7 +126,11 @@ pub(super) async fn write_replies<W: AsyncWrite + Unpin>(
     }
 }
 
-async fn write_all<W: AsyncWrite + Unpin>(stream: &mut W, batch: &mut [Reply]) -> io::Result<()> {
+async fn write_all<W: AsyncWrite + Unpin>(
+    stream: &mut W,
+    batch: &mut [Reply],
+    stall: Option<Duration>,
+) -> io::Result<()> {
     let mut slices = [IoSlice::new(&[]); 2 * BATCH];
     for (pair, reply) in slices.chunks_exact_mut(2).zip(batch) {
         let payload = match &mut reply.payload {
@@ -143,7 +150,7 @@ async fn write_all<W: AsyncWrite + Unpin>(stream: &mut W, batch: &mut [Reply]) -
     // Drops the empty ones in front.
     IoSlice::advance_slices(&mut left, 0);
     while !left.is_empty() {
-        match stream.write_vectored(left).await? {
+        match progress(stall, "took", stream.write_vectored(left)).await? {
             0 => return Err(io::ErrorKind::WriteZero.into()),
             n => IoSlice::advance_slices(&mut left, n),
         }
