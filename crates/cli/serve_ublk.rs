@@ -45,7 +45,12 @@ pub(crate) fn remove(id: u32, state: &State) -> Result<()> {
         match vdisk_ublk::delete(id) {
             // Without the driver there is no device either.
             Ok(()) | Err(vdisk_ublk::Error::Unavailable(vdisk_ublk::Unavailable::NoDriver)) => return Ok(()),
-            Err(vdisk_ublk::Error::Served { pid, .. }) if u32::try_from(pid) != Ok(state.pid) => return Ok(()),
+            // Another's by now. While the driver is about to notice a death, it names no process at all (-1): that is ours.
+            Err(vdisk_ublk::Error::Served { pid, .. })
+                if u32::try_from(pid).is_ok_and(|pid| ![0, state.pid].contains(&pid)) =>
+            {
+                return Ok(());
+            }
             Err(vdisk_ublk::Error::Served { .. }) if Instant::now() < deadline => thread::sleep(NOTICING / 50),
             Err(e) => return Err(Failure::from_error(&e)),
         }
