@@ -116,10 +116,7 @@ impl<'a, F: Files> Opening<'a, F> {
         let name = self.name(file);
         let header = self.header(file).await?;
         let Some(place) = header.embedded_descriptor() else {
-            return Err(DiskError::new(
-                ErrorKind::NotAnImage,
-                format!("{name}: is one extent of a split image: open the .vmdk descriptor that lists it"),
-            ));
+            return Err(one_of_many(&name));
         };
         let file_len = self.len(file)?;
         if place.end > file_len {
@@ -129,6 +126,9 @@ impl<'a, F: Files> Opening<'a, F> {
             ));
         }
         let (descriptor, text) = self.descriptor(file, place.start, place.end - place.start).await?;
+        if descriptor.extents.is_empty() {
+            return Err(one_of_many(&name));
+        }
         if header.only_wraps_descriptor() {
             return self.described(file, place.start, &descriptor, &text).await;
         }
@@ -341,6 +341,11 @@ impl<'a, F: Files> Opening<'a, F> {
             info: self.info,
         })
     }
+}
+
+fn one_of_many(name: &str) -> DiskError {
+    let text = format!("{name}: is one extent of a split image: open the .vmdk descriptor that lists it");
+    DiskError::new(ErrorKind::NotAnImage, text)
 }
 
 fn flat_line() -> ExtentLine {
