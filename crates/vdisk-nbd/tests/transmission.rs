@@ -124,7 +124,7 @@ async fn a_read_only_disk_refuses_changes_with_eperm() {
 #[tokio::test]
 async fn structured_replies_carry_the_offset_and_the_reason() {
     let memory = Memory::new(4096).before(async |request| match request.op() {
-        Op::Flush => Err(DiskError::new(ErrorKind::HostIo, "sync /home/somebody/secret.vmdk")),
+        Op::Flush => Err(DiskError::new(ErrorKind::HostIo, "sync /srv/secret.vmdk")),
         _ => Ok(()),
     });
     let expected = memory.bytes.lock().unwrap()[512..515].to_vec();
