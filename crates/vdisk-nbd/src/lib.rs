@@ -14,7 +14,6 @@ pub mod codec;
 mod error;
 mod export;
 pub mod kernel;
-mod log;
 mod server;
 mod stop;
 

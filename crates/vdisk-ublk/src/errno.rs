@@ -1,10 +1,6 @@
-//! From the image's errors to what the kernel is told, and one line in the log for each.
+//! From the image's errors to what the kernel is told.
 
-use std::error::Error as _;
-use std::sync::Mutex;
-use std::time::{Duration, Instant};
-
-use vdisk_image::{DiskError, ErrorKind};
+use vdisk_image::ErrorKind;
 
 /// The errno with which a request fails.
 ///
@@ -29,64 +25,6 @@ pub fn errno(kind: ErrorKind) -> i32 {
     }
 }
 
-/// Logs failed requests: every one, unless there are so many that they hide everything else.
-#[derive(Debug)]
-pub(crate) struct FailureLog {
-    window: Mutex<Window>,
-}
-
-#[derive(Debug)]
-struct Window {
-    start: Instant,
-    seen: u64,
-}
-
-impl FailureLog {
-    /// Length of a window.
-    const WINDOW: Duration = Duration::from_secs(5);
-    /// Lines in a window.
-    const LINES: u64 = 10;
-
-    pub(crate) fn new() -> Self {
-        Self { window: Mutex::new(Window { start: Instant::now(), seen: 0 }) }
-    }
-
-    /// Logs one failure with everything that caused it.
-    pub(crate) fn failed(&self, device: u32, error: &DiskError) {
-        let (show, hidden) = self.count(Instant::now());
-        if hidden > 0 {
-            tracing::error!(device, hidden, "more requests failed");
-        }
-        if show {
-            tracing::error!(device, "{}", chain(error));
-        }
-    }
-
-    /// Counts a failure: whether to show it, and how many of the window before were not shown.
-    fn count(&self, now: Instant) -> (bool, u64) {
-        let mut window = self.window.lock().unwrap_or_else(|e| e.into_inner());
-        let mut hidden = 0;
-        if now.saturating_duration_since(window.start) >= Self::WINDOW {
-            hidden = window.seen.saturating_sub(Self::LINES);
-            *window = Window { start: now, seen: 0 };
-        }
-        window.seen += 1;
-        (window.seen <= Self::LINES, hidden)
-    }
-}
-
-/// The error and its causes in one line.
-fn chain(error: &DiskError) -> String {
-    let mut line = error.to_string();
-    let mut cause = error.source();
-    while let Some(e) = cause {
-        line.push_str(": ");
-        line.push_str(&e.to_string());
-        cause = e.source();
-    }
-    line
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -101,20 +39,5 @@ mod tests {
             };
             assert_eq!(errno(kind), expected, "{kind:?}");
         }
-    }
-
-    #[test]
-    fn a_line_names_every_cause() {
-        let e = DiskError::host("write 512 bytes at 0 of \"a\"", std::io::Error::from_raw_os_error(libc::EIO));
-        assert_eq!(chain(&e), "write 512 bytes at 0 of \"a\": Input/output error (os error 5)");
-    }
-
-    #[test]
-    fn many_failures_make_few_lines_and_a_count() {
-        let log = FailureLog::new();
-        let t = Instant::now();
-        assert_eq!((0..100).filter(|_| log.count(t).0).count(), 10);
-        assert_eq!(log.count(t + FailureLog::WINDOW), (true, 90));
-        assert_eq!(log.count(t + FailureLog::WINDOW), (true, 0));
     }
 }

@@ -10,21 +10,22 @@ use libublk::io::{UblkDev, UblkQueue};
 use libublk::uring_async::{ublk_reap_io_events_with_update_queue, ublk_wake_task};
 use libublk::{BufDesc, UblkError, sys, ublk_init_task_ring, with_task_io_ring_mut};
 use vdisk_image::{Disk, DiskError, Flags, Op, Request};
-use vdisk_io::{Buf, FileSet, UringIo};
+use vdisk_io::{Buf, FileSet, Limited, UringIo, chain};
 
-use crate::errno::{FailureLog, errno};
+use crate::errno::errno;
 use crate::error::{Error, host_error};
 use crate::executor::Executor;
 use crate::ring::QueueRing;
 
+/// Requests that failed, on any queue: a full or poisoned image fails them all.
+static FAILURES: Limited = Limited::new();
+
 /// What the queues of a device share.
 pub(crate) struct Served {
-    pub(crate) device: u32,
     pub(crate) disk: Arc<Disk>,
     pub(crate) files: Arc<FileSet>,
     /// How many of the files have slots, from slot 1 on (slot 0 is the ublk char device).
     pub(crate) fixed_files: u32,
-    pub(crate) failures: FailureLog,
 }
 
 /// Serves one queue until the device stops: the whole life of a queue thread.
@@ -161,7 +162,9 @@ impl Tags<'_> {
             Ok(()) if matches!(op, Op::Read | Op::Write) => i32::try_from(len).unwrap_or(-libc::EIO),
             Ok(()) => 0,
             Err(e) => {
-                self.served.failures.failed(self.served.device, &e);
+                if let Some(left_out) = FAILURES.line() {
+                    tracing::error!(offset, len, "{op:?} failed: {}{left_out}", chain(&e));
+                }
                 -errno(e.kind())
             }
         }

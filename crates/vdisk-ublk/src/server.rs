@@ -10,7 +10,6 @@ use vdisk_image::Disk;
 use vdisk_io::FileSet;
 
 use crate::control::delete_device;
-use crate::errno::FailureLog;
 use crate::error::Error;
 use crate::params::params;
 use crate::queue::Served;
@@ -99,13 +98,7 @@ impl Plan {
             Ok(())
         };
         let dev = UblkDev::new("vdisk".to_owned(), init, control).map_err(Error::control("open of /dev/ublkc"))?;
-        let served = Arc::new(Served {
-            device: info.dev_id,
-            disk: Arc::clone(&self.disk),
-            files: Arc::clone(&self.files),
-            fixed_files,
-            failures: FailureLog::new(),
-        });
+        let served = Arc::new(Served { disk: Arc::clone(&self.disk), files: Arc::clone(&self.files), fixed_files });
         let mut queues = Queues::set_up(&Arc::new(dev), &served, &self.stop, events)?;
         match queues.start(control) {
             Ok(()) => {

@@ -19,16 +19,15 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tracing::{debug, info, warn};
+use vdisk_io::{Limited, chain};
 
 use super::budget::Budget;
 use super::connection::serve_stranger;
 use super::terms::Terms;
-use super::transmission::chain;
 use super::worker::run_on_this_thread;
 use crate::backend::Backend;
 use crate::error::ServeError;
 use crate::export::Export;
-use crate::log::Limited;
 use crate::stop::Stop;
 
 /// What clients do to themselves, and can do as often as they like.

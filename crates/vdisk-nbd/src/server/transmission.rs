@@ -8,7 +8,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
 use vdisk_image::{DiskError, ErrorKind, Flags, Geometry, Op, Request};
-use vdisk_io::Buf;
+use vdisk_io::{Buf, Limited, chain};
 
 use super::connection::End;
 use super::flight::{Flight, Permit};
@@ -22,7 +22,6 @@ use crate::codec::{
     offset_data_head, simple_reply,
 };
 use crate::error::ConnectionError;
-use crate::log::Limited;
 use crate::stop::Stop;
 
 /// How long a client may take to read its last replies once the server stops or the client has gone.
@@ -270,16 +269,4 @@ fn told(error: &DiskError) -> &'static str {
         ErrorKind::HostIo => "the host failed to read or write the image",
         ErrorKind::Poisoned => "an earlier failure made the image read-only until it is opened again",
     }
-}
-
-/// The error and its causes on one line.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

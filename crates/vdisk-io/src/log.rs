@@ -1,11 +1,11 @@
-//! Lines for the log that a peer or a broken image could ask for without end.
+//! What every transport says of failed requests: lines that a peer or a broken image could ask for without end.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
 /// Lets some lines through and counts the others.
 #[derive(Debug)]
-pub(crate) struct Limited(Mutex<Option<Window>>);
+pub struct Limited(Mutex<Option<Window>>);
 
 #[derive(Debug)]
 struct Window {
@@ -19,12 +19,14 @@ impl Limited {
     /// Lines in a window.
     const LINES: u64 = 10;
 
-    pub(crate) const fn new() -> Self {
+    /// Nothing was left out yet.
+    #[expect(clippy::new_without_default, reason = "for statics")]
+    pub const fn new() -> Self {
         Self(Mutex::new(None))
     }
 
     /// Whether a line may be written now, and how many of the window before were not.
-    pub(crate) fn line(&self) -> Option<LeftOut> {
+    pub fn line(&self) -> Option<LeftOut> {
         self.at(Instant::now())
     }
 
@@ -41,7 +43,7 @@ impl Limited {
 
 /// Says how many lines are missing, if any are.
 #[derive(Debug, PartialEq, Eq)]
-pub(crate) struct LeftOut(u64);
+pub struct LeftOut(u64);
 
 impl std::fmt::Display for LeftOut {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
@@ -52,9 +54,28 @@ impl std::fmt::Display for LeftOut {
     }
 }
 
+/// An error and its causes in one line.
+pub fn chain(error: &dyn std::error::Error) -> String {
+    let mut line = error.to_string();
+    let mut cause = error.source();
+    while let Some(e) = cause {
+        line.push_str(": ");
+        line.push_str(&e.to_string());
+        cause = e.source();
+    }
+    line
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_line_names_every_cause() {
+        let host = std::io::Error::from_raw_os_error(libc::EIO);
+        let e = vdisk_image::DiskError::host("write 512 bytes at 0 of \"a\"", host);
+        assert_eq!(chain(&e), "write 512 bytes at 0 of \"a\": Input/output error (os error 5)");
+    }
 
     #[test]
     fn many_make_few_lines_and_a_count() {
