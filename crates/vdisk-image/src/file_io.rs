@@ -49,8 +49,20 @@ pub trait FileIo {
     /// [`io::ErrorKind::Unsupported`] where the host's file system cannot.
     async fn zero_range(&self, file: FileId, offset: u64, len: u64) -> io::Result<()>;
 
+    /// How the host stores what begins at `offset`. A hint: a host that does not tell has data everywhere.
+    async fn stored_at(&self, file: FileId, offset: u64) -> io::Result<Stored>;
+
     /// Cuts or extends (by a hole) the file.
     async fn set_len(&self, file: FileId, len: u64) -> io::Result<()>;
+}
+
+/// A stretch of a file that is all data or all hole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stored {
+    /// Takes no space on the host, and reads as zeroes.
+    pub hole: bool,
+    /// Bytes, at least one. The last stretch of a file may be longer than it.
+    pub len: u64,
 }
 
 /// The gate through which an image opens the files that it names. Names inside an image are hostile: the gate decides

@@ -25,6 +25,7 @@ mod probe;
 mod read;
 mod request;
 mod scan;
+mod span;
 mod sparse;
 mod table;
 mod wait;
@@ -36,8 +37,9 @@ mod tests;
 
 pub use disk::Disk;
 pub use error::{DiskError, ErrorKind};
-pub use file_io::{FileId, FileIo, Files};
+pub use file_io::{FileId, FileIo, Files, Stored};
 pub use info::{ExtentInfo, Format, Info};
 pub use open::OpenOptions;
 pub use request::{Flags, Geometry, Op, Request};
+pub use span::Span;
 pub use vmdk_parse::{Access, ContentId, ExtentKind};

@@ -2,7 +2,7 @@
 
 #![expect(clippy::cast_possible_truncation, reason = "sizes in tests are small, and a wrong one fails the test")]
 
-use crate::file_io::{FileId, FileIo, Files};
+use crate::file_io::{FileId, FileIo, Files, Stored};
 use std::cell::{Cell, RefCell};
 use std::future::poll_fn;
 use std::io;
@@ -249,6 +249,19 @@ impl FileIo for Memory {
 
     async fn zero_range(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
         self.punch_hole(file, offset, len).await
+    }
+
+    /// A file in memory has no holes, but sectors of zeroes will do for one.
+    async fn stored_at(&self, file: FileId, offset: u64) -> io::Result<Stored> {
+        self.call().await?;
+        let files = self.files.borrow();
+        let f = files.get(file.0 as usize).ok_or(io::ErrorKind::NotFound)?;
+        let sectors = f.now.get(offset as usize / 512 * 512..).unwrap_or_default();
+        let is_zero = |sector: &[u8]| sector.iter().all(|b| *b == 0);
+        let hole = sectors.chunks(512).next().is_none_or(is_zero);
+        let same = sectors.chunks(512).take_while(|s| is_zero(s) == hole).count() as u64 * 512;
+        let rest = if sectors.is_empty() { u64::MAX - offset } else { same - offset % 512 };
+        Ok(Stored { hole, len: rest })
     }
 
     async fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {

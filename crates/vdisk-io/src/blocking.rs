@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::{self, Thread};
 
-use vdisk_image::{FileId, FileIo};
+use vdisk_image::{FileId, FileIo, Stored};
 
 use crate::buf::Buf;
 use crate::files::FileSet;
@@ -46,6 +46,10 @@ impl FileIo for BlockingIo {
 
     async fn zero_range(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
         self.0.find(file)?.zero_range(offset, len)
+    }
+
+    async fn stored_at(&self, file: FileId, offset: u64) -> io::Result<Stored> {
+        Ok(self.0.find(file)?.stored_at(offset))
     }
 
     async fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {

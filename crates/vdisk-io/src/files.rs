@@ -7,7 +7,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
 use std::sync::Arc;
 
-use vdisk_image::{FileId, FileIo, Files};
+use vdisk_image::{FileId, FileIo, Files, Stored};
 
 use crate::buf::Buf;
 use crate::gate::Gate;
@@ -125,6 +125,10 @@ impl FileIo for HostFiles {
         self.with(file, |f| f.zero_range(offset, len))
     }
 
+    async fn stored_at(&self, file: FileId, offset: u64) -> io::Result<Stored> {
+        self.with(file, |f| Ok(f.stored_at(offset)))
+    }
+
     async fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
         self.with(file, |f| f.set_len(len))
     }
@@ -145,6 +149,11 @@ impl FileSet {
     /// If the set has no such file: the id came from elsewhere.
     pub fn get(&self, file: FileId) -> &HostFile {
         self.find(file).expect("a file of this set")
+    }
+
+    /// From here on all I/O goes through the page cache.
+    pub fn forget_direct(&mut self) {
+        self.files.iter_mut().for_each(HostFile::forget_direct);
     }
 
     /// Every file, in the order of their ids (from 0 on): the image's own first.

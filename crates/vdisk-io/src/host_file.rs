@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek64};
 
+use vdisk_image::Stored;
+
 use crate::buf::Buf;
 use crate::direct::Direct;
 use crate::locks;
@@ -65,6 +67,10 @@ impl HostFile {
     /// The descriptor for I/O around the page cache, if that was wanted and the file system can.
     pub fn direct_fd(&self) -> Option<BorrowedFd<'_>> {
         self.direct.as_ref().map(Direct::fd)
+    }
+
+    pub(crate) fn forget_direct(&mut self) {
+        self.direct = None;
     }
 
     pub(crate) fn identity(&self) -> Identity {
@@ -147,6 +153,21 @@ impl HostFile {
     /// [`io::ErrorKind::Unsupported`] where the file system (or the block device, for this range) cannot.
     pub fn zero_range(&self, offset: u64, len: u64) -> io::Result<()> {
         self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)
+    }
+
+    /// Where data and holes are: lseek(2), `SEEK_DATA` and `SEEK_HOLE`. All is data where the host does not tell.
+    pub fn stored_at(&self, offset: u64) -> Stored {
+        let seek = |whence| lseek64(&self.buffered, offset.cast_signed(), whence).map(i64::cast_unsigned);
+        match seek(Whence::SeekData) {
+            Ok(data) if data > offset => Stored { hole: true, len: data - offset },
+            Ok(_) => match seek(Whence::SeekHole) {
+                Ok(hole) if hole > offset => Stored { hole: false, len: hole - offset },
+                _ => Stored { hole: false, len: u64::MAX - offset },
+            },
+            // Past the last data.
+            Err(nix::errno::Errno::ENXIO) => Stored { hole: true, len: u64::MAX - offset },
+            Err(_) => Stored { hole: false, len: u64::MAX - offset },
+        }
     }
 
     /// Cuts or extends the file: ftruncate(2).

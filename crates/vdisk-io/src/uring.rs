@@ -6,7 +6,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
 
 use io_uring::{opcode, squeue, types};
-use vdisk_image::{FileId, FileIo};
+use vdisk_image::{FileId, FileIo, Stored};
 
 use crate::buf::Buf;
 use crate::files::FileSet;
@@ -154,6 +154,11 @@ impl<R: Ring> FileIo for UringIo<R> {
 
     async fn zero_range(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
         self.fallocate(file, libc::FALLOC_FL_ZERO_RANGE, offset, len).await
+    }
+
+    /// A plain lseek(2): io_uring has none, and it waits for no disk but to read the file system's own tables.
+    async fn stored_at(&self, file: FileId, offset: u64) -> io::Result<Stored> {
+        Ok(self.files.find(file)?.stored_at(offset))
     }
 
     /// A plain ftruncate(2), which blocks: `IORING_OP_FTRUNCATE` came with Linux 6.9, and a file grows rarely.
