@@ -21,17 +21,17 @@ use crate::{partitions, server};
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) image: ImageOptions,
-    /// Go around the host's page cache (auto: where the file can). `vdisk serve` never does: its clients may ask for single
+    /// Go around the host's page cache (auto: where the file can, except with fuse). `vdisk serve` never does: its clients may ask for single
     /// bytes, and direct and cached I/O in one page do not mix
     #[arg(long, value_enum, value_name = "WHEN", default_value_t = DirectIo::Auto)]
     pub(crate) direct_io: DirectIo,
-    /// ublk makes /dev/ublkbN, nbd /dev/nbdN; auto takes the first of them that this kernel has
+    /// ublk makes /dev/ublkbN, nbd /dev/nbdN, fuse /dev/loopN; auto takes the first of them that this kernel has
     #[arg(long, value_enum, default_value_t = Choice::Auto)]
     pub(crate) transport: Choice,
     /// Queues of the device, each with a thread [default: by the number of processors]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) queues: Option<u16>,
-    /// Requests in flight per queue (ublk only: nbd has 128)
+    /// Requests in flight per queue (ublk only: nbd and loop devices have 128)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub(crate) depth: Option<u16>,
     /// Stay in the foreground and log to stderr (for service managers)

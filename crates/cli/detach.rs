@@ -90,7 +90,7 @@ fn detach(dir: &StateDir, state: State, force: bool) -> Result<()> {
     drop(claim);
     // It takes its state file away as its last step.
     let books = dir.lock()?;
-    let Some(left) = books.reread(&state) else { return Ok(()) };
+    let Some(left) = books.reread(&state) else { return state.transport.wait_until_gone(&state) };
     let cleared = clear(&books, &left);
     if end == End::Never {
         let text = format!("pid {} does not end", left.pid);

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 mod attach;
+mod attach_fuse;
 mod attach_nbd;
 mod detach;
 mod failure;
@@ -21,6 +22,7 @@ mod partitions;
 mod process;
 mod report;
 mod serve;
+mod serve_fuse;
 mod serve_nbd;
 mod serve_ublk;
 mod server;

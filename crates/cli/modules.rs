@@ -11,6 +11,13 @@ pub(crate) fn load_for(transport: Transport) {
         Transport::Ublk if !Path::new("/dev/ublk-control").exists() => modprobe(&["ublk_drv"]),
         // Some distributions set max_part=0, which means no partitions.
         Transport::Nbd if !Path::new("/sys/module/nbd").exists() => modprobe(&["nbd", "max_part=16"]),
+        Transport::Fuse => {
+            for (module, node) in [("fuse", "/dev/fuse"), ("loop", "/dev/loop-control")] {
+                if !Path::new(node).exists() {
+                    modprobe(&[module]);
+                }
+            }
+        }
         Transport::Ublk | Transport::Nbd => {}
     }
 }

@@ -50,6 +50,13 @@ impl Opened {
         Ok(Self { files: files.into_set(), disk: Arc::new(disk) })
     }
 
+    /// From here on all I/O goes through the page cache. Nothing may serve the image yet.
+    pub(crate) fn forget_direct(&mut self) {
+        if let Some(files) = Arc::get_mut(&mut self.files) {
+            files.forget_direct();
+        }
+    }
+
     pub(crate) fn geometry(&self) -> Geometry {
         *self.disk.geometry()
     }

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::path::Path;
+use std::process::{Command, Stdio};
 
 use crate::size;
 
@@ -35,6 +36,23 @@ fn of_dir(dir: &Path) -> Vec<Partition> {
     let mut partitions: Vec<_> = entries.filter_map(|entry| partition(&entry.path())).collect();
     partitions.sort_by_key(|p| p.number);
     partitions
+}
+
+/// Has partx(8) tell the kernel of partitions where it found none by itself: kernels of containers and microVMs are often built
+/// without any partition table's format. Answers with what the user should know.
+pub(crate) fn find_missing(device: &Path) -> Option<String> {
+    let name = device.file_name()?.to_str()?;
+    if of(name).is_empty() {
+        match Command::new("partx").arg("--add").arg(device).stdin(Stdio::null()).output() {
+            Ok(output) if output.status.success() => tracing::info!("partx --add {}", device.display()),
+            // No partition table, mostly.
+            Ok(output) => tracing::debug!("partx: {}", String::from_utf8_lossy(&output.stderr).trim_end()),
+            Err(e) => tracing::debug!("partx: {e}"),
+        }
+    }
+    let without_node =
+        of(name).into_iter().map(|p| format!("/dev/{}", p.name)).find(|node| !Path::new(node).exists())?;
+    Some(format!("{without_node} is not there, nor are other partitions' nodes perhaps: is devtmpfs mounted on /dev?"))
 }
 
 /// A table for people; empty if there are no partitions.

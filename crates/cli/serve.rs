@@ -1,4 +1,4 @@
-//! `vdisk serve`: an NBD server in the foreground.
+//! `vdisk serve`: an NBD server, or a file in a FUSE mount, in the foreground.
 
 use std::io::{self, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
@@ -9,13 +9,14 @@ use crate::failure::{Failure, Result};
 use crate::open::Opened;
 use crate::options::{DirectIo, ImageOptions};
 use crate::signals::{self, Stop};
-use crate::{logging, serve_nbd};
+use crate::{logging, serve_fuse, serve_nbd};
 
-/// Serve an image to NBD clients, in the foreground, until SIGINT, SIGTERM or SIGHUP
+/// Serve an image to NBD clients, or as a plain file, in the foreground, until SIGINT, SIGTERM or SIGHUP
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:\n  vdisk serve disk.vmdk --socket /tmp/disk.sock\n  \
-    nbdcopy 'nbd+unix:///?socket=/tmp/disk.sock' disk.raw")]
-#[group(id = "where", required = true, multiple = true, args = ["socket", "listen"])]
+    nbdcopy 'nbd+unix:///?socket=/tmp/disk.sock' disk.raw\n  \
+    vdisk serve disk.vmdk --fuse disk.raw")]
+#[group(id = "where", required = true, multiple = true, args = ["socket", "listen", "fuse"])]
 pub(crate) struct Args {
     #[command(flatten)]
     pub(crate) image: ImageOptions,
@@ -25,6 +26,10 @@ pub(crate) struct Args {
     /// Listen on a TCP address, without encryption or passwords
     #[arg(long, value_name = "ADDR:PORT", value_parser = address)]
     pub(crate) listen: Option<SocketAddr>,
+    /// Mount the disk's raw bytes as a file of this name, which is made if there is none. Only its user may open it. Needs no
+    /// root but /dev/fuse, and then fusermount3
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["socket", "listen"])]
+    pub(crate) fuse: Option<PathBuf>,
 }
 
 fn address(text: &str) -> Result<SocketAddr, String> {
@@ -39,21 +44,32 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     let stop = Stop::default();
     let given = stop.clone();
     held.on_end(move || given.give()).map_err(|e| Failure::doing("start a thread", &e))?;
-    let listening = |tcp: Option<SocketAddr>| {
-        for uri in args.socket.as_deref().map(unix_uri).into_iter().chain(tcp.map(tcp_uri)) {
-            let _ = writeln!(io::stderr(), "vdisk: listening on {uri}");
+    let ready = |where_to_find_it: &[String]| {
+        for place in where_to_find_it {
+            let _ = writeln!(io::stderr(), "vdisk: {place}");
         }
         for notice in &image.disk.info().notices {
             crate::notice(notice);
         }
         crate::service::tell_ready();
     };
-    let served = serve_nbd::serve(&image, args.socket.clone(), args.listen, listening, &stop);
+    let served = match &args.fuse {
+        Some(place) => {
+            let line = format!("serving {}", crate::failure::one_line(&place.display().to_string()));
+            serve_fuse::serve(&image, place, || ready(&[line]), &stop)
+        }
+        None => serve_nbd::serve(&image, args.socket.clone(), args.listen, |tcp| ready(&uris(args, tcp)), &stop),
+    };
     let closed = image.close();
     if let (Err(_), Err(also)) = (&served, &closed) {
         tracing::error!("{also}");
     }
     served.and(closed)
+}
+
+fn uris(args: &Args, tcp: Option<SocketAddr>) -> Vec<String> {
+    let uris = args.socket.as_deref().map(unix_uri).into_iter().chain(tcp.map(tcp_uri));
+    uris.map(|uri| format!("listening on {uri}")).collect()
 }
 
 /// As clients take it: doc/uri.md of the NetworkBlockDevice/nbd project.

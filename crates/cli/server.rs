@@ -7,11 +7,12 @@ use std::{env, fs};
 use crate::attach::Args;
 use crate::failure::{Failure, Result};
 use crate::open::{self, Opened};
+use crate::options::DirectIo;
 use crate::report::Reporter;
 use crate::signals::{self, Stop};
 use crate::state::{Books, State, StateDir};
 use crate::transport::{Callbacks, Transport};
-use crate::{hygiene, in_use, logging};
+use crate::{hygiene, in_use, logging, partitions};
 
 /// What the callbacks of the transport and the end of the process share.
 struct Session {
@@ -70,8 +71,12 @@ fn serve(args: &Args, held: signals::Held, session: &Arc<Mutex<Session>>) -> Res
     }
     let path = open::real_path(&args.image.image)?;
     // Locked from here on: what the books say of this image is of servers that have died.
-    let image = Opened::open(&args.image, args.direct_io).map_err(|failure| name_holder(failure, &path, session))?;
+    let mut image =
+        Opened::open(&args.image, args.direct_io).map_err(|failure| name_holder(failure, &path, session))?;
     let (transport, notice) = Transport::choose(args.transport)?;
+    if args.direct_io == DirectIo::Auto && transport.is_faster_through_page_cache() {
+        image.forget_direct();
+    }
     for notice in image.disk.info().notices.iter().cloned().chain(notice) {
         lock(session).reporter.notice(notice);
     }
@@ -165,6 +170,9 @@ impl Session {
         if in_use::rdev(device).is_none() {
             return Err(Failure::new(format!("{} is not a block device", device.display()))
                 .hint("is devtmpfs mounted on /dev, or is a plain file in the way?"));
+        }
+        if let Some(notice) = partitions::find_missing(device) {
+            self.reporter.notice(notice);
         }
         if let Some(state) = &mut self.state {
             state.ready = true;
