@@ -1,6 +1,6 @@
 //! Discard and write zeroes: what the kernel sends, and that space comes back.
 
-use crate::lab::{Lab, text, transport};
+use crate::lab::{Lab, transport};
 
 #[test]
 fn fstrim_after_deleting_gives_the_space_back() {
@@ -30,9 +30,8 @@ fn each_way_to_discard_or_zero_arrives_as_the_notes_say() {
     let lab = Lab::new();
     lab.vmdk("disk.vmdk", "64M");
     lab.sh("echo 'operation not supported|unsupported' >> ${VDISK_VM_ALLOW:-/dev/null}");
-    let output = lab.try_sh(&format!("VDISK_LOG=trace $vdisk attach --transport {} disk.vmdk", transport()));
-    let disk = text(&output.stdout).trim_end().to_owned();
-    assert!(output.status.success(), "{}", text(&output.stderr));
+    let device = lab.attach_traced("disk.vmdk");
+    let disk = &device.path;
     let log = lab.sh("$vdisk list --json | sed -n 's/.*\"log\": *\"\\([^\"]*\\)\".*/\\1/p'");
     let kernel = lab.sh("uname -r | cut -d. -f1,2");
     println!("kernel {kernel}, {}:", transport());
@@ -63,7 +62,9 @@ fn each_way_to_discard_or_zero_arrives_as_the_notes_say() {
         seen.push((did.status.success(), requests, zero.status.success()));
     }
     let says = |n: usize, what: &str| seen[n].1.contains(what);
-    assert!(seen[0].0 && says(0, "Discard") && seen[0].2, "BLKDISCARD: {seen:?}");
+    // Loop punches a hole for it as for write zeroes that may unmap: the server cannot tell them apart.
+    let discard = if transport() == "fuse" { "op=WriteZeroes fua=false no_unmap=false" } else { "op=Discard" };
+    assert!(seen[0].0 && says(0, discard) && seen[0].2, "BLKDISCARD: {seen:?}");
     if zeroes_are_writes {
         assert!(says(1, "Write ") && says(2, "Write "), "{seen:?}");
     } else {
@@ -73,5 +74,5 @@ fn each_way_to_discard_or_zero_arrives_as_the_notes_say() {
     }
     assert!(seen[1].2 && seen[2].2, "zeroout must read as zeroes: {seen:?}");
     assert!(!seen[4].0, "BLKSECDISCARD is not offered: {seen:?}");
-    lab.sh(&format!("$vdisk detach {disk}"));
+    device.detach();
 }

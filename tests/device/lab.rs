@@ -6,9 +6,10 @@ use std::time::{Duration, Instant};
 
 pub(crate) const VDISK: &str = env!("CARGO_BIN_EXE_vdisk");
 
-/// The transport under test: `ublk` or `nbd`.
+/// The transport under test: `ublk`, `nbd` or `fuse`.
 pub(crate) fn transport() -> String {
-    std::env::var("VDISK_TRANSPORT").expect("VDISK_TRANSPORT names the transport to test: see tests/vm/run")
+    std::env::var("VDISK_TRANSPORT")
+        .expect("VDISK_TRANSPORT names the transport to test: see tests/vm/run and tests/device/native")
 }
 
 /// A directory of the test's own on a file system that punches holes.
@@ -66,11 +67,30 @@ impl Lab {
 
     /// Attaches with just these arguments.
     pub(crate) fn attach_as(&self, args: &str) -> Device<'_> {
-        let output = self.vdisk(&format!("attach {args}"));
+        self.attach_in("", args)
+    }
+
+    /// Attaches over the transport under test, and has every request logged.
+    pub(crate) fn attach_traced(&self, args: &str) -> Device<'_> {
+        self.attach_in("VDISK_LOG=trace", &format!("--transport {} {args}", transport()))
+    }
+
+    fn attach_in(&self, environment: &str, args: &str) -> Device<'_> {
+        let output = self.try_sh(&format!("{environment} $vdisk attach {args}"));
         let (path, said) = (text(&output.stdout), text(&output.stderr));
         assert!(output.status.success(), "attach {args}: {said}");
         assert_eq!(path.lines().count(), 1, "the device path alone on stdout: {path:?}");
         Device { lab: self, path: path.trim_end().to_owned(), said, attached: true }
+    }
+
+    /// Partitions a disk by a script. A kernel without the format of the table is told of the partitions by partx.
+    pub(crate) fn partition(&self, disk: &str, script: &str) {
+        self.sh(&format!("{script}; test -b {disk}p1 || partx --add {disk}; udevadm settle 2>/dev/null || true"));
+    }
+
+    /// Whether this kernel mounts a file system.
+    pub(crate) fn mounts(&self, file_system: &str) -> bool {
+        self.try_sh(&format!("modprobe -q {file_system}; grep -qw {file_system} /proc/filesystems")).status.success()
     }
 
     /// Bytes that the image's files take on the host.
@@ -109,7 +129,7 @@ pub(crate) struct Device<'a> {
 }
 
 impl Device<'_> {
-    /// `/dev/ublkb0p1`, `/dev/nbd0p1`
+    /// `/dev/ublkb0p1`, `/dev/nbd0p1`, `/dev/loop0p1`
     pub(crate) fn part(&self, n: u32) -> String {
         format!("{}p{n}", self.path)
     }
@@ -149,6 +169,7 @@ pub(crate) fn assert_nothing_left(lab: &Lab) {
     assert_eq!(lab.sh("ls -d /dev/ublkb* /dev/ublkc* 2>/dev/null || true"), "", "nodes");
     assert_eq!(lab.sh("cat /sys/block/nbd*/size 2>/dev/null | grep -v '^0$' || true"), "", "nbd devices in use");
     assert_eq!(lab.sh("ls -d /dev/nbd*p* 2>/dev/null || true"), "", "nbd partitions");
+    assert_eq!(lab.sh("grep -H '/vdisk ' /sys/block/loop*/loop/backing_file || true"), "", "loop devices");
 }
 
 /// Waits for something that another process does, and fails after a while.

@@ -7,7 +7,7 @@ fn thirty_images_are_attached_listed_and_detached_together() {
     let lab = Lab::new();
     lab.vmdk("model.vmdk", "32M");
     let model = lab.attach("model.vmdk");
-    lab.sh(&format!("sgdisk -n 1:0:0 {}", model.path));
+    lab.partition(&model.path, &format!("sgdisk -n 1:0:0 {}", model.path));
     model.detach();
     let mut devices = Vec::new();
     for n in 0..30 {
