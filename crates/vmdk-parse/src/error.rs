@@ -41,12 +41,30 @@ pub enum ParseErrorKind {
     /// Not a hosted sparse extent at all.
     #[error("is not \"KDMV\"")]
     BadMagic,
+    /// Not the structure that was looked for (COWD, seSparse).
+    #[error("is not {0}")]
+    WrongMagic(&'static str),
     /// A version that nobody has described yet.
     #[error("{0} is not supported")]
     UnsupportedVersion(u32),
     /// Bits of the incompatible half that are not known: the extent cannot be read rightly without knowing them.
     #[error("{0:#010x} are not known")]
     UnknownFlags(u32),
+    /// A value with which the structure would have to be read in a way that nobody has described.
+    #[error("{0:#x} is not supported")]
+    Unsupported(u64),
+    /// The type of a stream marker is none that is known.
+    #[error("{0} is not known")]
+    UnknownType(u32),
+    /// An entry of a seSparse directory or table that has no meaning.
+    #[error("{0:#018x} has no meaning")]
+    BadEntry(u64),
+    /// A seSparse extent was not closed: its journal has to be replayed first, which is not described anywhere.
+    #[error("is set: the journal has to be replayed first")]
+    DirtyJournal,
+    /// Bytes that have to be zeroes are not.
+    #[error("is not all zeroes")]
+    NotZero,
     /// A size that has to be a power of two.
     #[error("{0} is not a power of two")]
     NotPowerOfTwo(u64),
@@ -59,6 +77,22 @@ pub enum ParseErrorKind {
         min: u64,
         /// The most allowed.
         max: u64,
+    },
+    /// A number that can only be another one.
+    #[error("is {value} and not {expected}")]
+    Mismatch {
+        /// The number found.
+        value: u64,
+        /// The number that it has to be.
+        expected: u64,
+    },
+    /// A position that does not lie on a border.
+    #[error("{value} is not a multiple of {unit}")]
+    NotMultiple {
+        /// The position found.
+        value: u64,
+        /// The distance between two borders.
+        unit: u64,
     },
     /// The file went through something that changed its line ends, such as FTP in text mode.
     #[error("line ends were changed, as by a transfer in text mode")]
@@ -155,6 +189,15 @@ mod tests {
         assert_eq!(
             byte("header", 0, K::Truncated { need: 512, have: 3 }),
             "header at byte 0: needs 512 bytes, there are 3"
+        );
+        assert_eq!(byte("version", 8, K::Unsupported(17)), "version at byte 8: 0x11 is not supported");
+        assert_eq!(byte("type", 12, K::UnknownType(5)), "type at byte 12: 5 is not known");
+        assert_eq!(byte("magicNumber", 0, K::WrongMagic("\"COWD\"")), "magicNumber at byte 0: is not \"COWD\"");
+        assert_eq!(byte("val", 0, K::Mismatch { value: 2, expected: 1 }), "val at byte 0: is 2 and not 1");
+        assert_eq!(byte("lba", 0, K::NotMultiple { value: 9, unit: 8 }), "lba at byte 0: 9 is not a multiple of 8");
+        assert_eq!(
+            ParseError::whole("grain table entry", K::BadEntry(5)).to_string(),
+            "grain table entry 0x0000000000000005 has no meaning"
         );
         assert_eq!(line("extent type", 12, K::UnknownWord("FOO".into())), "line 12: extent type \"FOO\" is not known");
         assert_eq!(line("CID", 3, K::BadNumber("x\n".into())), "line 3: CID \"x\\n\" is not a number");

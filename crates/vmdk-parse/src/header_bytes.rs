@@ -1,6 +1,7 @@
 //! The 512 bytes of a hosted sparse header, field by field; the fields from byte 12 on are not aligned.
 
 use crate::error::{At, ParseError, ParseErrorKind};
+use crate::field::{Field, whole};
 use crate::header::{
     Compression, GdOffset, HeaderFlags, MAX_DESCRIPTOR_SECTORS, MAX_GRAIN_SECTORS, MAX_GTES_PER_GT, MIN_GRAIN_SECTORS,
     SparseHeader, UNCLEAN_SHUTDOWN_AT,
@@ -10,10 +11,6 @@ use crate::sectors::Sectors;
 const MAGIC: [u8; 4] = *b"KDMV";
 const NEWLINES: [u8; 4] = *b"\n \r\n";
 const GD_AT_END: u64 = u64::MAX;
-
-/// A field: its name in the specification and its byte offset.
-#[derive(Clone, Copy)]
-struct Field(&'static str, u64);
 
 const VERSION: Field = Field("version", 4);
 const FLAGS: Field = Field("flags", 8);
@@ -29,53 +26,6 @@ const UNCLEAN_SHUTDOWN: Field = Field("uncleanShutdown", UNCLEAN_SHUTDOWN_AT);
 const NEWLINE_TEST: Field = Field("singleEndLineChar", 73);
 const COMPRESS_ALGORITHM: Field = Field("compressAlgorithm", 77);
 
-impl Field {
-    fn error(self, kind: ParseErrorKind) -> ParseError {
-        ParseError::at_byte(self.0, self.1, kind)
-    }
-
-    fn within(self, value: u64, min: u64, max: u64) -> Result<u64, ParseError> {
-        let fits = (min..=max).contains(&value);
-        if fits { Ok(value) } else { Err(self.error(ParseErrorKind::OutOfRange { value, min, max })) }
-    }
-
-    fn power_of_two(self, value: u64, min: u64, max: u64) -> Result<(), ParseError> {
-        let value = self.within(value, min, max)?;
-        if value.is_power_of_two() { Ok(()) } else { Err(self.error(ParseErrorKind::NotPowerOfTwo(value))) }
-    }
-
-    /// A run in the file that starts at the value of this field: its end in bytes has to fit in 64 bits.
-    fn run(self, start: Sectors, len: Sectors) -> Result<(), ParseError> {
-        let end = start.checked_add(len).and_then(Sectors::bytes);
-        end.map(drop).ok_or_else(|| self.error(ParseErrorKind::Overflow))
-    }
-
-    fn bytes<const N: usize>(self, header: &[u8; SparseHeader::LEN]) -> Result<[u8; N], ParseError> {
-        let skipped = usize::try_from(self.1).ok().and_then(|at| header.get(at..));
-        let found = skipped.and_then(|rest| rest.first_chunk::<N>());
-        found.copied().ok_or_else(|| self.error(ParseErrorKind::Truncated { need: 512, have: 512 }))
-    }
-
-    fn u32(self, header: &[u8; SparseHeader::LEN]) -> Result<u32, ParseError> {
-        self.bytes(header).map(u32::from_le_bytes)
-    }
-
-    fn u64(self, header: &[u8; SparseHeader::LEN]) -> Result<u64, ParseError> {
-        self.bytes(header).map(u64::from_le_bytes)
-    }
-
-    fn sectors(self, header: &[u8; SparseHeader::LEN]) -> Result<Sectors, ParseError> {
-        self.u64(header).map(Sectors)
-    }
-
-    fn put(self, header: &mut [u8; SparseHeader::LEN], value: &[u8]) {
-        let skipped = usize::try_from(self.1).unwrap_or(usize::MAX);
-        for (to, from) in header.iter_mut().skip(skipped).zip(value) {
-            *to = *from;
-        }
-    }
-}
-
 impl SparseHeader {
     /// Reads a header, or a footer, from the first 512 bytes given.
     ///
@@ -85,10 +35,7 @@ impl SparseHeader {
     /// out of bounds ([`MIN_GRAIN_SECTORS`] and the like, [`crate::MAX_DIRECTORY_LEN`]); a place in the file whose
     /// byte offset exceeds 64 bits; a grain directory in sector 0 of an extent that has sectors.
     pub fn decode(bytes: &[u8]) -> Result<Self, ParseError> {
-        let have = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
-        let bytes = bytes.first_chunk::<{ Self::LEN }>();
-        let truncated = ParseErrorKind::Truncated { need: 512, have };
-        let bytes = bytes.ok_or_else(|| ParseError::at_byte("header", 0, truncated))?;
+        let bytes = whole::<{ Self::LEN }>("header", bytes)?;
         check_identity(bytes)?;
         let flags = HeaderFlags(FLAGS.u32(bytes)?);
         let header = Self {
@@ -200,6 +147,7 @@ fn check_identity(bytes: &[u8; SparseHeader::LEN]) -> Result<(), ParseError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::samples::sample_file;
     use ParseErrorKind as K;
     use proptest::prelude::*;
 
@@ -409,14 +357,6 @@ mod tests {
             assert_eq!(patched(UNCLEAN_SHUTDOWN_AT as usize, &[byte]).unwrap().unclean_shutdown, unclean);
         }
         assert_eq!(SparseHeader { unclean_shutdown: true, ..sample() }.encode()[72], 1);
-    }
-
-    fn sample_file(name: &str) -> Option<Vec<u8>> {
-        let Some(folder) = std::env::var_os("VDISK_SAMPLES") else {
-            println!("skipped: VDISK_SAMPLES is not set, {name} not read");
-            return None;
-        };
-        Some(std::fs::read(std::path::Path::new(&folder).join(name)).unwrap())
     }
 
     #[test]
