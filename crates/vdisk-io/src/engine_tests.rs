@@ -333,10 +333,10 @@ fn direct_io_is_used_for_what_is_aligned_only() {
 }
 
 /// A loop device on a file, where root may have one.
-struct Loop(PathBuf);
+pub(crate) struct Loop(pub(crate) PathBuf);
 
 impl Loop {
-    fn new(path: &Path) -> Option<Self> {
+    pub(crate) fn new(path: &Path) -> Option<Self> {
         let output = std::process::Command::new("losetup").args(["--find", "--show"]).arg(path).output().ok()?;
         let node = String::from_utf8(output.stdout).ok()?;
         output.status.success().then(|| Self(node.trim_end().into()))

@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use vdisk_image::{FileId, FileIo, Files, Stored};
 
+use crate::archive::Archive;
 use crate::buf::Buf;
 use crate::gate::Gate;
 use crate::host_file::HostFile;
@@ -31,8 +32,15 @@ pub struct OpenMode {
 #[derive(Debug)]
 pub struct HostFiles {
     mode: OpenMode,
-    gate: Gate,
+    names: Names,
     files: RefCell<Vec<HostFile>>,
+}
+
+/// Where to look for the files that the image names.
+#[derive(Debug)]
+enum Names {
+    Directory(Gate),
+    Archive(Archive),
 }
 
 impl HostFiles {
@@ -41,12 +49,30 @@ impl HostFiles {
     /// # Errors
     ///
     /// The host's; [`io::ErrorKind::InvalidInput`] for another kind of file, [`io::ErrorKind::ResourceBusy`] if
-    /// another process uses it in a way that excludes ours.
+    /// another process (or a product of VMware's) uses it in a way that excludes ours.
     pub fn open(path: &Path, mode: OpenMode) -> io::Result<(Self, FileId)> {
         let (gate, file) = Gate::open_image(path, mode.writable, mode.trust_paths)?;
-        let files = Self { mode, gate, files: RefCell::default() };
+        let files = Self { mode, names: Names::Directory(gate), files: RefCell::default() };
         let file = HostFile::new(file, path.to_owned(), mode.writable, mode.direct_io)?;
-        let id = files.add(file)?;
+        let id = files.add_locked(file)?;
+        Ok((files, id))
+    }
+
+    /// Opens an image inside a tar archive (a regular file or a block device), and locks the archive as a whole. The image
+    /// is the member of that name (a leading "./" does not matter), or the only one whose name ends in ".vmdk".
+    ///
+    /// Names that the image mentions are those of members beside it, never of files of the host. There is no direct I/O.
+    ///
+    /// # Errors
+    ///
+    /// As of [`HostFiles::open`]; [`io::ErrorKind::ReadOnlyFilesystem`] for `mode.writable`,
+    /// [`io::ErrorKind::InvalidData`] for what is no tar archive, compressed, damaged or cut short,
+    /// [`io::ErrorKind::NotFound`] if there is no such member, [`io::ErrorKind::InvalidInput`] if there are several
+    /// images to choose from, or the member is not stored as plain bytes (a link, a directory, sparse).
+    pub fn open_member(archive: &Path, member: Option<&str>, mode: OpenMode) -> io::Result<(Self, FileId)> {
+        let (archive, image) = Archive::open(archive, member, mode)?;
+        let files = Self { mode, names: Names::Archive(archive), files: RefCell::default() };
+        let id = files.add(image)?;
         Ok((files, id))
     }
 
@@ -56,8 +82,8 @@ impl HostFiles {
     }
 
     /// Locks the file and takes it in.
-    fn add(&self, file: HostFile) -> io::Result<FileId> {
-        let mut files = self.files.borrow_mut();
+    fn add_locked(&self, file: HostFile) -> io::Result<FileId> {
+        let files = self.files.borrow();
         if let Some(twin) = files.iter().find(|f| f.identity() == file.identity())
             && (twin.is_writable() || file.is_writable())
         {
@@ -69,6 +95,12 @@ impl HostFiles {
         if self.mode.writable || !self.mode.unlocked {
             locks::lock(&file)?;
         }
+        drop(files);
+        self.add(file)
+    }
+
+    fn add(&self, file: HostFile) -> io::Result<FileId> {
+        let mut files = self.files.borrow_mut();
         let id = u32::try_from(files.len()).map_err(|_| io::Error::from(io::ErrorKind::QuotaExceeded))?;
         files.push(file);
         Ok(FileId(id))
@@ -87,8 +119,14 @@ impl Files for HostFiles {
                 format!("{name:?}: for writing, in an image that is open read-only"),
             ));
         }
-        let (file, path) = self.gate.open_named(name, writable)?;
-        self.add(HostFile::new(file, path, writable, self.mode.direct_io)?)
+        match &self.names {
+            Names::Directory(gate) => {
+                let (file, path) = gate.open_named(name, writable)?;
+                self.add_locked(HostFile::new(file, path, writable, self.mode.direct_io)?)
+            }
+            // Its lock is on the archive already.
+            Names::Archive(archive) => self.add(archive.open_named(name)?),
+        }
     }
 
     fn len(&self, file: FileId) -> io::Result<u64> {

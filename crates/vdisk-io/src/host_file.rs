@@ -6,6 +6,7 @@ use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek64};
@@ -14,19 +15,23 @@ use vdisk_image::Stored;
 
 use crate::buf::Buf;
 use crate::direct::Direct;
-use crate::locks;
+use crate::locks::Locked;
 use crate::transfer::{Direction, Piece, Transfer, check_range};
+use crate::window::Window;
 
-/// An open regular file or block device. Its locks and descriptors go with it.
+/// An open regular file or block device, or a member of an archive, which is a stretch of one. Its locks and descriptors
+/// go with it; the members of an archive share theirs.
 ///
 /// Every operation is whole or failed, blocks, and may run on any number of threads at once.
 #[derive(Debug)]
 pub struct HostFile {
-    buffered: File,
+    buffered: Arc<Locked>,
     direct: Option<Direct>,
     path: PathBuf,
     writable: bool,
     identity: Identity,
+    /// For a member of an archive: where it is. Offsets of ours count from there.
+    window: Option<Window>,
 }
 
 /// What makes two open files the same: device and inode, or the number of the block device.
@@ -46,10 +51,17 @@ impl HostFile {
             Identity::Regular { dev: data.dev(), ino: data.ino() }
         };
         let direct = if direct_io { Direct::reopen(&buffered, &path, writable) } else { None };
-        Ok(Self { buffered, direct, path, writable, identity })
+        Ok(Self { buffered: Arc::new(Locked(buffered)), direct, path, writable, identity, window: None })
     }
 
-    /// The path by which it was opened (for messages: it may have been renamed since).
+    /// A stretch of this file as a file of its own, read-only. `path` is what to call it.
+    pub(crate) fn member(&self, window: Window, path: PathBuf) -> Self {
+        let (buffered, identity) = (Arc::clone(&self.buffered), self.identity);
+        Self { buffered, direct: None, path, writable: false, identity, window: Some(window) }
+    }
+
+    /// The path by which it was opened (for messages: it may have been renamed since). For a member of an archive the
+    /// archive's, a colon and the member's name, which no call of the host understands.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -59,9 +71,14 @@ impl HostFile {
         self.writable
     }
 
-    /// The descriptor for I/O through the page cache; it carries the locks.
+    /// The descriptor for I/O through the page cache; it carries the locks. A member of an archive does not begin at its
+    /// offset 0: only the engines here know where.
     pub fn buffered_fd(&self) -> BorrowedFd<'_> {
-        self.buffered.as_fd()
+        self.file().as_fd()
+    }
+
+    pub(crate) fn file(&self) -> &File {
+        &self.buffered.0
     }
 
     /// The descriptor for I/O around the page cache, if that was wanted and the file system can.
@@ -73,8 +90,9 @@ impl HostFile {
         self.direct = None;
     }
 
-    pub(crate) fn identity(&self) -> Identity {
-        self.identity
+    /// Equal for two that are the same file, and the same stretch of it.
+    pub(crate) fn identity(&self) -> (Identity, Option<Window>) {
+        (self.identity, self.window)
     }
 
     /// Length in bytes.
@@ -83,9 +101,10 @@ impl HostFile {
     ///
     /// The host's.
     pub fn len(&self) -> io::Result<u64> {
-        match self.identity {
-            Identity::Regular { .. } => Ok(self.buffered.metadata()?.len()),
-            Identity::BlockDevice { .. } => Ok(lseek64(&self.buffered, 0, Whence::SeekEnd)?.cast_unsigned()),
+        match (self.window, self.identity) {
+            (Some(window), _) => Ok(window.len()),
+            (None, Identity::Regular { .. }) => Ok(self.file().metadata()?.len()),
+            (None, Identity::BlockDevice { .. }) => Ok(lseek64(self.file(), 0, Whence::SeekEnd)?.cast_unsigned()),
         }
     }
 
@@ -98,14 +117,16 @@ impl HostFile {
         Ok(self.len()? == 0)
     }
 
-    /// Bytes that the file takes on the host: what is allocated, holes left out. 0 for a block device.
+    /// Bytes that the file takes on the host: what is allocated, holes left out. 0 for a block device. A member of an
+    /// archive takes its length, for archives rarely have holes.
     ///
     /// # Errors
     ///
     /// The host's.
     pub fn space_used(&self) -> io::Result<u64> {
         // st_blocks counts 512 bytes whatever the block size: stat(3type).
-        Ok(self.buffered.metadata()?.blocks() * 512)
+        let all = self.file().metadata()?.blocks() * 512;
+        Ok(self.window.map_or(all, |window| window.len().min(all)))
     }
 
     /// Reads into `part` of the buffer; see [`vdisk_image::FileIo::read_at`].
@@ -115,7 +136,7 @@ impl HostFile {
     /// The host's; [`io::ErrorKind::UnexpectedEof`] at the end of the file, [`io::ErrorKind::InvalidInput`] for a
     /// range that no file has.
     pub fn read_exact_at(&self, buf: &Buf, part: Range<usize>, offset: u64) -> io::Result<()> {
-        self.run(Transfer::new(Direction::Read, buf, part, offset)?)
+        self.run(self.transfer(Direction::Read, buf, part, offset)?)
     }
 
     /// Writes `part` of the buffer; see [`vdisk_image::FileIo::write_at`].
@@ -124,7 +145,7 @@ impl HostFile {
     ///
     /// The host's; [`io::ErrorKind::InvalidInput`] for a range that no file has.
     pub fn write_all_at(&self, buf: &Buf, part: Range<usize>, offset: u64) -> io::Result<()> {
-        self.run(Transfer::new(Direction::Write, buf, part, offset)?)
+        self.run(self.transfer(Direction::Write, buf, part, offset)?)
     }
 
     /// Makes what was written durable, and the length: fdatasync(2), which is also what makes a block device empty its
@@ -134,7 +155,7 @@ impl HostFile {
     ///
     /// The host's. A second call may then succeed although the data is lost (fsync(2), the note on errors).
     pub fn sync_data(&self) -> io::Result<()> {
-        self.buffered.sync_data()
+        self.file().sync_data()
     }
 
     /// Frees the space; the range reads as zeroes: fallocate(2), `FALLOC_FL_PUNCH_HOLE`.
@@ -157,7 +178,15 @@ impl HostFile {
 
     /// Where data and holes are: lseek(2), `SEEK_DATA` and `SEEK_HOLE`. All is data where the host does not tell.
     pub fn stored_at(&self, offset: u64) -> Stored {
-        let seek = |whence| lseek64(&self.buffered, offset.cast_signed(), whence).map(i64::cast_unsigned);
+        match self.window {
+            Some(window) => window.stored_at(offset, |offset| self.stored_in_file_at(offset)),
+            None => self.stored_in_file_at(offset),
+        }
+    }
+
+    /// As [`HostFile::stored_at`], but the offset is the host's.
+    fn stored_in_file_at(&self, offset: u64) -> Stored {
+        let seek = |whence| lseek64(self.file(), offset.cast_signed(), whence).map(i64::cast_unsigned);
         match seek(Whence::SeekData) {
             Ok(data) if data > offset => Stored { hole: true, len: data - offset },
             Ok(_) => match seek(Whence::SeekHole) {
@@ -174,9 +203,53 @@ impl HostFile {
     ///
     /// # Errors
     ///
-    /// The host's; a block device refuses.
+    /// The host's; a block device refuses, and so does a member of an archive.
     pub fn set_len(&self, len: u64) -> io::Result<()> {
-        self.buffered.set_len(len)
+        self.locate_change(0, len)?;
+        self.file().set_len(len)
+    }
+
+    /// What to do for a read or write. Here, and in [`HostFile::locate_change`], an offset of ours becomes one of the
+    /// host's, for every engine.
+    ///
+    /// # Errors
+    ///
+    /// As of [`HostFile::read_exact_at`] and [`HostFile::write_all_at`], as far as they can be known before.
+    pub(crate) fn transfer<'a>(
+        &self,
+        direction: Direction,
+        buf: &'a Buf,
+        part: Range<usize>,
+        offset: u64,
+    ) -> io::Result<Transfer<'a>> {
+        let len = part.len() as u64;
+        let offset = match direction {
+            Direction::Read => self.locate(offset, len)?,
+            Direction::Write => self.locate_change(offset, len)?,
+        };
+        Transfer::new(direction, buf, part, offset)
+    }
+
+    fn locate(&self, offset: u64, len: u64) -> io::Result<u64> {
+        check_range(offset, len)?;
+        self.window.map_or(Ok(offset), |window| window.locate(offset, len))
+    }
+
+    /// The host's offset of bytes that are to be changed.
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::InvalidInput`] for a range that no file has, [`io::ErrorKind::ReadOnlyFilesystem`] for a member
+    /// of an archive: changed bytes would make its checksums wrong, and another length the whole archive.
+    pub(crate) fn locate_change(&self, offset: u64, len: u64) -> io::Result<u64> {
+        check_range(offset, len)?;
+        match self.window {
+            None => Ok(offset),
+            Some(_) => Err(io::Error::new(
+                io::ErrorKind::ReadOnlyFilesystem,
+                format!("{}: a member of an archive is not written to", self.path.display()),
+            )),
+        }
     }
 
     /// The descriptor to use for a piece: the direct one if there is one and the piece is aligned as it wants.
@@ -196,13 +269,13 @@ impl HostFile {
     }
 
     fn fallocate(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
-        check_range(offset, len)?;
+        let offset = self.locate_change(offset, len)?;
         if len == 0 {
             return Ok(());
         }
         let how = how | FallocateFlags::FALLOC_FL_KEEP_SIZE;
         loop {
-            match fallocate(&self.buffered, how, offset.cast_signed(), len.cast_signed()) {
+            match fallocate(self.file(), how, offset.cast_signed(), len.cast_signed()) {
                 Err(nix::errno::Errno::EINTR) => {}
                 answer => return answer.map_err(|e| self.fallocate_error(e as i32)),
             }
@@ -216,12 +289,6 @@ impl HostFile {
             transfer.advance(piece, direct, call(transfer.direction, fd, piece))?;
         }
         Ok(())
-    }
-}
-
-impl Drop for HostFile {
-    fn drop(&mut self) {
-        locks::unlock(self.buffered.as_fd());
     }
 }
 

@@ -1,7 +1,7 @@
 //! Positioned file I/O on the host's files: what [`vdisk_image::FileIo`] asks for, by blocking calls and by io_uring.
 //!
 //! [`HostFiles`] opens the files of an image, through a gate that keeps hostile names inside the image's directory, and
-//! locks them as qemu does. [`HostFiles::into_set`] ends the opening: any number of threads share the [`FileSet`], each
+//! locks them as qemu does; an image may also lie inside a tar archive. [`HostFiles::into_set`] ends the opening: any number of threads share the [`FileSet`], each
 //! with an engine of its own, [`BlockingIo`] or [`UringIo`] on some [`Ring`].
 //!
 //! The unsafe code of buffers and of what the kernel does with them lives here; see [`Buf`] and [`Ring`].
@@ -38,6 +38,7 @@ macro_rules! buf_methods {
     };
 }
 
+mod archive;
 mod blocking;
 mod buf;
 mod direct;
@@ -48,10 +49,14 @@ mod in_flight;
 mod locks;
 mod log;
 mod own_ring;
+mod tar;
 mod transfer;
 mod turns;
 mod uring;
+mod window;
 
+#[cfg(test)]
+mod archive_tests;
 #[cfg(test)]
 mod engine_tests;
 

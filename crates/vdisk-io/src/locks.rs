@@ -5,9 +5,13 @@
 //! every one that it does not share with others a read lock on the byte 200 + permission. Read locks never exclude each
 //! other: afterwards it looks for foreign locks on the counterparts. Two that start at once may both fail, never both
 //! succeed. The locks belong to the open file (fcntl(2), "Open file description locks") and end with it at the latest.
+//!
+//! The locks of VMware's own products, which are files, keep our writers out.
 
+use std::fs::{self, File};
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd};
+use std::path::{Path, PathBuf};
 
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, fcntl};
@@ -47,6 +51,18 @@ const FIRST_EXCLUDED: i64 = 200;
 ///
 /// [`io::ErrorKind::ResourceBusy`] if another process uses it in a way that excludes ours.
 pub(crate) fn lock(file: &HostFile) -> io::Result<()> {
+    if file.is_writable()
+        && let Some(lock) = vmware_lock(file.path())
+    {
+        let (file, lock) = (file.path().display(), lock.display());
+        return Err(io::Error::new(
+            io::ErrorKind::ResourceBusy,
+            format!(
+                "{file}: in use by VMware, whose locks are in {lock}: shut the virtual machine down, or remove {lock} \
+                 if none runs and it was left behind; --read-only does not mind it"
+            ),
+        ));
+    }
     let claim = if file.is_writable() { &WRITER } else { &READER };
     match claim.take(file.buffered_fd()) {
         Ok(None) => Ok(()),
@@ -61,12 +77,43 @@ pub(crate) fn lock(file: &HostFile) -> io::Result<()> {
     }
 }
 
-/// Gives the locks of an open file up now. Closing would do, were it not for a child between fork and exec, which has
-/// the open file too for a moment (any thread of ours may be starting one).
-pub(crate) fn unlock(fd: BorrowedFd<'_>) {
-    let whole_file = libc::flock { l_len: 0, ..request(libc::F_UNLCK, 0) };
-    // Where there are no locks there is none to give up.
-    let _ = fcntl(fd, FcntlArg::F_OFD_SETLK(&whole_file));
+/// An open file that gives its locks up when it goes. Closing would do, were it not for a child between fork and exec,
+/// which has the open file too for a moment (any thread of ours may be starting one).
+#[derive(Debug)]
+pub(crate) struct Locked(pub(crate) File);
+
+impl Drop for Locked {
+    fn drop(&mut self) {
+        let whole_file = libc::flock { l_len: 0, ..request(libc::F_UNLCK, 0) };
+        // Where there are no locks there is none to give up.
+        let _ = fcntl(self.0.as_fd(), FcntlArg::F_OFD_SETLK(&whole_file));
+    }
+}
+
+/// The locks of VMware's hosted products (Workstation, Player, Fusion), if a file has any: while `disk.vmdk` is in use
+/// there is a directory `disk.vmdk.lck` with a file for every user. Where it is a file, that counts too.
+///
+/// We make none of our own: VMware honours its own format only, which is not published and names the process that holds
+/// a lock, so that it may be declared stale. What we would make would protect nothing, and be left behind by a crash.
+fn vmware_lock(path: &Path) -> Option<PathBuf> {
+    // VMware knows an image by the name in the machine's configuration, which may be a link as ours may.
+    let real = fs::canonicalize(path).ok();
+    [Some(path.to_owned()), real].into_iter().flatten().map(lock_of).find(|lock| is_held(lock))
+}
+
+fn lock_of(file: PathBuf) -> PathBuf {
+    let mut name = file.into_os_string();
+    name.push(".lck");
+    name.into()
+}
+
+fn is_held(lock: &Path) -> bool {
+    match fs::metadata(lock) {
+        // A directory that we may not read might hold one.
+        Ok(data) if data.is_dir() => fs::read_dir(lock).map_or(true, |mut entries| entries.next().is_some()),
+        Ok(_) => true,
+        Err(_) => false,
+    }
 }
 
 impl Claim {
@@ -127,8 +174,9 @@ fn request(kind: i32, byte: i64) -> libc::flock {
 #[cfg(test)]
 mod tests {
     use std::io::{BufRead, BufReader, Write as _};
-    use std::path::Path;
     use std::process::{Child, Command, Stdio};
+
+    use vdisk_image::Files as _;
 
     use super::*;
     use crate::{HostFiles, OpenMode};
@@ -137,10 +185,10 @@ mod tests {
         HostFiles::open(path, OpenMode { writable, ..OpenMode::default() }).map(|(files, _)| files)
     }
 
-    fn image() -> (tempfile::TempDir, std::path::PathBuf) {
+    fn image() -> (tempfile::TempDir, PathBuf) {
         let directory = tempfile::tempdir().unwrap();
         let path = directory.path().join("disk.img");
-        std::fs::File::create(&path).unwrap().set_len(1 << 20).unwrap();
+        File::create(&path).unwrap().set_len(1 << 20).unwrap();
         (directory, path)
     }
 
@@ -213,6 +261,49 @@ mod tests {
         assert_eq!(open(&path, false).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
         drop(set);
         open(&path, true).unwrap();
+    }
+
+    #[test]
+    fn locks_of_vmware_keep_our_writer_out_only() {
+        let (_directory, path) = image();
+        let lock = lock_of(path.clone());
+        fs::create_dir(&lock).unwrap();
+        open(&path, true).expect("an empty directory holds no lock");
+        let held = lock.join("M03285.lck");
+        fs::write(&held, "").unwrap();
+        let e = open(&path, true).unwrap_err();
+        assert_eq!(e.kind(), io::ErrorKind::ResourceBusy);
+        assert!(e.to_string().contains(&format!("remove {}", lock.display())), "{e}");
+        open(&path, false).unwrap();
+        fs::remove_file(held).unwrap();
+        fs::remove_dir(&lock).unwrap();
+        fs::write(&lock, "").unwrap();
+        assert_eq!(open(&path, true).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+        fs::remove_file(lock).unwrap();
+        open(&path, true).unwrap();
+    }
+
+    #[test]
+    fn locks_of_vmware_are_seen_through_links_and_on_extents() {
+        let (directory, path) = image();
+        let link = directory.path().join("link");
+        std::os::unix::fs::symlink(&path, &link).unwrap();
+        let extent = directory.path().join("disk-s001.vmdk");
+        fs::write(&extent, "extent").unwrap();
+        let hold = |file: &Path| fs::create_dir_all(lock_of(file.to_owned()).join("M1.lck")).unwrap();
+        let release = |file: &Path| fs::remove_dir_all(lock_of(file.to_owned())).unwrap();
+        for named in [&path, &link] {
+            hold(named);
+            assert_eq!(open(&link, true).unwrap_err().kind(), io::ErrorKind::ResourceBusy);
+            release(named);
+        }
+        hold(&extent);
+        let files = open(&path, true).unwrap();
+        // As a parent it is only read.
+        files.open("disk-s001.vmdk", false).unwrap();
+        drop(files);
+        let e = open(&path, true).unwrap().open("disk-s001.vmdk", true).unwrap_err();
+        assert!(e.kind() == io::ErrorKind::ResourceBusy && e.to_string().contains("disk-s001.vmdk.lck"), "{e}");
     }
 
     #[test]

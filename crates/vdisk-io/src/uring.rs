@@ -11,7 +11,7 @@ use vdisk_image::{FileId, FileIo, Stored};
 use crate::buf::Buf;
 use crate::files::FileSet;
 use crate::host_file::HostFile;
-use crate::transfer::{Direction, Transfer, check_range};
+use crate::transfer::Direction;
 
 /// Where operations are submitted: the queue thread's ring of libublk, or an [`crate::OwnRing`].
 ///
@@ -73,8 +73,16 @@ impl<R: Ring> UringIo<R> {
         &self.files
     }
 
-    async fn transfer(&self, file: FileId, mut transfer: Transfer<'_>, buf: &Buf) -> io::Result<()> {
+    async fn transfer(
+        &self,
+        file: FileId,
+        direction: Direction,
+        buf: &Buf,
+        part: Range<usize>,
+        offset: u64,
+    ) -> io::Result<()> {
         let host_file = self.files.find(file)?;
+        let mut transfer = host_file.transfer(direction, buf, part, offset)?;
         while let Some(piece) = transfer.next_piece() {
             let direct = host_file.is_direct(piece);
             let (fd, flags) = self.address(file, host_file, direct);
@@ -108,7 +116,7 @@ impl<R: Ring> UringIo<R> {
 
     async fn fallocate(&self, file: FileId, how: i32, offset: u64, len: u64) -> io::Result<()> {
         let f = self.files.find(file)?;
-        check_range(offset, len)?;
+        let offset = f.locate_change(offset, len)?;
         if len == 0 {
             return Ok(());
         }
@@ -135,11 +143,11 @@ impl<R: Ring> FileIo for UringIo<R> {
     buf_methods!();
 
     async fn read_at(&self, file: FileId, buf: &Buf, part: Range<usize>, offset: u64) -> io::Result<()> {
-        self.transfer(file, Transfer::new(Direction::Read, buf, part, offset)?, buf).await
+        self.transfer(file, Direction::Read, buf, part, offset).await
     }
 
     async fn write_at(&self, file: FileId, buf: &Buf, part: Range<usize>, offset: u64) -> io::Result<()> {
-        self.transfer(file, Transfer::new(Direction::Write, buf, part, offset)?, buf).await
+        self.transfer(file, Direction::Write, buf, part, offset).await
     }
 
     async fn sync_data(&self, file: FileId) -> io::Result<()> {
