@@ -41,7 +41,8 @@ impl Lab {
         let functions = "serve() { ./vdisk serve \"$@\" 2>serve.log & server=$!
                 for n in {1..500}; do grep -q '^vdisk: serving' serve.log && return; kill -0 $server || break; sleep 0.02; done
                 cat serve.log >&2; return 1; }
-            finish() { kill $server; wait $server; }";
+            finish() { kill $server; wait $server; }
+            fails() { if \"$@\"; then echo \"did not fail: $*\" >&2; return 1; fi; }";
         std::fs::write(self.0.path().join("functions"), functions).unwrap();
         self.command(script).output().unwrap()
     }
@@ -108,8 +109,8 @@ fn holes_are_told_from_data() {
 fn the_size_is_fixed_and_the_end_is_the_end() {
     let Some(lab) = Lab::new() else { return };
     lab.sh("truncate -s 1M disk.img; serve disk.img --fuse view
-            ! truncate -s 2M view 2>said; grep -q 'not permitted' said
-            ! dd if=/dev/zero of=view bs=64k seek=15 count=2 conv=notrunc 2>said; grep -q 'No space left' said
+            fails truncate -s 2M view 2>said; grep -q 'not permitted' said
+            fails dd if=/dev/zero of=view bs=64k seek=15 count=2 conv=notrunc 2>said; grep -q 'No space left' said
             test $(stat -c %s view) = 1048576; touch view; finish");
 }
 
@@ -117,7 +118,7 @@ fn the_size_is_fixed_and_the_end_is_the_end() {
 fn a_read_only_view_refuses_writes() {
     let Some(lab) = Lab::new() else { return };
     lab.sh("truncate -s 1M disk.img; serve -r disk.img --fuse view
-            ! dd if=/dev/zero of=view bs=512 count=1 conv=notrunc 2>/dev/null; test $(stat -c %a view) = 400; cmp view disk.img; finish");
+            fails dd if=vdisk of=view bs=512 count=1 conv=notrunc 2>/dev/null; test $(stat -c %a view) = 400; cmp view disk.img; finish");
 }
 
 #[test]
@@ -136,7 +137,7 @@ fn sigterm_while_the_file_is_open_flushes_and_ends() {
     let Some(lab) = Lab::new() else { return };
     lab.sh("qemu-img create -q -f vmdk disk.vmdk 64M; serve disk.vmdk --fuse view
             exec 7<>view; head -c 1048576 /dev/urandom >data; cat data >&7
-            finish; ! head -c 1 <&7 >/dev/null 2>&1
+            finish; fails head -c 1 <&7 >/dev/null 2>&1
             qemu-img check -q disk.vmdk; qemu-img convert -O raw disk.vmdk raw; cmp -n 1048576 raw data
             test $(od -An -tu1 -j72 -N1 disk.vmdk) = 0; test ! -e view");
 }
@@ -151,8 +152,39 @@ fn unmounting_the_file_ends_the_server() {
 fn a_killed_server_leaves_a_mount_of_which_the_next_one_says_what_to_do() {
     let Some(lab) = Lab::new() else { return };
     lab.sh("truncate -s 1M disk.img; serve disk.img --fuse view; kill -KILL $server; wait $server || true
-            ! ./vdisk serve disk.img --fuse view 2>said; grep -q 'fusermount3 -u' said; test $(wc -l <said) = 1
+            fails ./vdisk serve disk.img --fuse view 2>said; grep -q 'fusermount3 -u' said; test $(wc -l <said) = 1
             fusermount3 -u view; serve disk.img --fuse view; cmp view disk.img; finish");
+}
+
+#[test]
+fn what_is_mapped_and_changed_is_written_before_the_file_goes() {
+    let Some(lab) = Lab::new() else { return };
+    lab.sh("qemu-img create -q -f vmdk disk.vmdk 64M; serve disk.vmdk --fuse view
+            python3 -c '
+import mmap, os, sys
+m = mmap.mmap(os.open(\"view\", os.O_RDWR), 32 << 20)
+for n in range(0, 32 << 20, 4096): m[n:n + 8] = n.to_bytes(8, \"little\")
+os.kill(int(sys.argv[1]), 15)
+' $server; wait $server
+            qemu-img convert -O raw disk.vmdk raw; python3 -c '
+bytes = open(\"raw\", \"rb\").read()
+assert all(bytes[n:n + 8] == n.to_bytes(8, \"little\") for n in range(0, 32 << 20, 4096))'");
+}
+
+#[test]
+fn a_file_that_is_not_the_servers_is_not_removed_and_a_mount_is_not_stacked() {
+    let Some(lab) = Lab::new() else { return };
+    lab.sh("truncate -s 1M disk.img other.img; serve disk.img --fuse view; first=$server
+            fails ./vdisk serve other.img --fuse view 2>said; grep -q 'mount point already' said
+            kill -STOP $first; fusermount3 -uz view; rm view; echo mine >view; kill -CONT $first; wait $first
+            test $(cat view) = mine");
+}
+
+#[test]
+fn a_hole_behind_the_end_is_nothing() {
+    let Some(lab) = Lab::new() else { return };
+    lab.sh("truncate -s 1M disk.img; serve disk.img --fuse view; fallocate -p -o 2M -l 1M view; fallocate -p -o 1020K -l 8K view
+            fails fallocate -z -o 1020K -l 8K view 2>/dev/null; finish");
 }
 
 #[test]

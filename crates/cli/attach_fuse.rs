@@ -60,17 +60,27 @@ fn number(device: &Path) -> Option<u32> {
 pub(crate) fn remove(number: u32, state: &State) -> Result<()> {
     let gone = vdisk_fuse::remove(number, &file_name(&state.server())).map_err(|e| Failure::from_error(&e))?;
     if !gone {
-        crate::notice(&format!(
-            "{} answers with errors until its last user closes it, and is gone then",
-            state.device.display()
-        ));
+        crate::notice(&stays(state));
     }
     Ok(())
 }
 
-/// Waits until nobody looks at the device any more that its server has given up. After this it is gone.
-pub(crate) fn wait_until_gone(number: u32, state: &State) {
-    vdisk_fuse::unbound(number, &file_name(&state.server()));
+fn stays(state: &State) -> String {
+    let device = state.device.display();
+    format!("{device} is still open: it answers with errors until its last user closes it, and is gone then")
+}
+
+/// Waits until nobody looks at the device any more that its server has given up.
+///
+/// # Errors
+///
+/// Somebody opened it meanwhile, and keeps it.
+pub(crate) fn wait_until_gone(number: u32, state: &State) -> Result<()> {
+    match vdisk_fuse::unbound(number, &file_name(&state.server())) {
+        Ok(true) => Ok(()),
+        Ok(false) => Err(Failure::new(stays(state))),
+        Err(e) => Err(Failure::from_error(&e)),
+    }
 }
 
 #[cfg(test)]

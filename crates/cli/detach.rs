@@ -72,7 +72,10 @@ fn find(what: &Path, states: Vec<State>) -> Result<State> {
     let mut found = states.into_iter().filter(is_meant);
     match (found.next(), found.next()) {
         (Some(state), None) => Ok(state),
-        (None, _) => Err(Failure::new("is not attached").hint("vdisk list shows what is")),
+        (None, _) => Err(match whole_of(&real) {
+            Some(whole) => Failure::new(format!("is a partition of {}", whole.display())).hint("detach that"),
+            None => Failure::new("is not attached").hint("vdisk list shows what is"),
+        }),
         (Some(first), Some(second)) => {
             let devices = [first, second].into_iter().chain(found).map(|s| s.device.display().to_string());
             Err(Failure::new(format!("is attached as {}", devices.collect::<Vec<_>>().join(" and ")))
@@ -81,16 +84,37 @@ fn find(what: &Path, states: Vec<State>) -> Result<State> {
     }
 }
 
+/// The device that a path is a partition of.
+fn whole_of(device: &Path) -> Option<PathBuf> {
+    let partition = fs::canonicalize(Path::new("/sys/class/block").join(device.file_name()?)).ok()?;
+    let whole = partition.join("partition").exists().then(|| partition.parent()?.file_name().map(PathBuf::from))?;
+    Some(Path::new("/dev").join(whole?))
+}
+
 fn detach(dir: &StateDir, state: State, force: bool) -> Result<()> {
     let Some(server) = state.process()? else { return detach_dead(dir, &state, force) };
     // Held until the server has gone, so that nobody mounts it in between.
     let claim = if force { None } else { claim(&state)? };
+    // Nobody else has it open: what was written to it and not flushed waits in its page cache. The kernel writes it when a device
+    // is closed, or taken away, but a loop device's server would be gone by then.
+    if let Some(Err(e)) = claim.as_ref().map(File::sync_all) {
+        let failure = Failure::doing(format_args!("flush {}", state.device.display()), &e);
+        return Err(failure.hint(format_args!("{}; --force detaches it all the same", log_of(&state))));
+    }
     server.terminate().map_err(|e| Failure::doing(format_args!("stop pid {}", state.pid), &e))?;
     let end = wait(&server, &state, force).map_err(|e| Failure::doing("wait for the server", &e))?;
     drop(claim);
     // It takes its state file away as its last step.
     let books = dir.lock()?;
-    let Some(left) = books.reread(&state) else { return state.transport.wait_until_gone(&state) };
+    let Some(left) = books.reread(&state) else {
+        return match state.transport.wait_until_gone(&state) {
+            Err(failure) if force => {
+                crate::notice(&failure.to_string());
+                Ok(())
+            }
+            gone => gone,
+        };
+    };
     let cleared = clear(&books, &left);
     if end == End::Never {
         let text = format!("pid {} does not end", left.pid);

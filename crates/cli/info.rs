@@ -63,6 +63,8 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
         format: args.format.wanted(),
         cache_bytes: 0,
         zeroout_unmaps: false,
+        // It is to show what is there.
+        ignore_parent_content_id: true,
         new_content_id: 0,
     };
     let image = Opened::open_with(&args.image, mode, &options)?;
@@ -96,7 +98,7 @@ impl Report {
             cid: info.content_id.map(|cid| cid.to_string()),
             allocated,
             extents: extents.collect(),
-            parents: Vec::new(),
+            parents: info.parents.clone(),
         }
     }
 

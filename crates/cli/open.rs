@@ -31,6 +31,7 @@ impl Opened {
             format: options.format.wanted(),
             cache_bytes: options.cache_size,
             zeroout_unmaps: options.zeroout == Zeroout::Unmap,
+            ignore_parent_content_id: options.ignore_parent_cid,
             new_content_id: random(),
         };
         let opened = Self::open_with(&options.image, mode, &disk_options)?;

@@ -27,6 +27,9 @@ pub(crate) struct ImageOptions {
     /// Follow extent and parent names that leave the image's directory
     #[arg(long)]
     pub(crate) trust_paths: bool,
+    /// Go on although a parent was changed after its child was made (needs --read-only)
+    #[arg(long, requires = "read_only")]
+    pub(crate) ignore_parent_cid: bool,
 }
 
 /// `--format`

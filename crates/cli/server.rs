@@ -141,6 +141,7 @@ impl Session {
     /// Takes the books and clears them of what dead servers of the image left.
     fn claim_books(&mut self, image: &Path) -> Result<()> {
         let books = self.dir.lock()?;
+        books.sweep();
         let image = image.to_string_lossy();
         let states = self.dir.list()?.into_iter().filter(|state| state.image == image);
         for state in states {

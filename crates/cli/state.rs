@@ -135,7 +135,7 @@ impl StateDir {
             Ok(file)
         };
         let lock = lock().map_err(|e| Failure::doing(format_args!("lock {}", path.display()), &e))?;
-        Ok(Books { dir: self, _lock: lock })
+        Ok(Books { dir: self, lock })
     }
 
     /// All that is attached, by device name. A file that cannot be read is reported on stderr and left out.
@@ -172,7 +172,16 @@ impl StateDir {
 /// The right to change the books: nobody else adds, changes or removes a file, or makes a device, while this is held.
 pub(crate) struct Books<'a> {
     dir: &'a StateDir,
-    _lock: File,
+    lock: File,
+}
+
+impl Drop for Books<'_> {
+    /// Closing the file alone would not do: threads with a table of descriptors of their own hold it too.
+    fn drop(&mut self) {
+        if let Err(e) = self.lock.unlock() {
+            tracing::error!("unlock the books: {e}");
+        }
+    }
 }
 
 impl Books<'_> {
@@ -204,6 +213,16 @@ impl Books<'_> {
             _ => fs::remove_file(&file),
         };
         removed.map_err(|e| Failure::doing(format_args!("remove {}", file.display()), &e))
+    }
+
+    /// Removes what a process left that died while it was writing a state file: nobody else is writing one.
+    pub(crate) fn sweep(&self) {
+        for entry in fs::read_dir(&self.dir.0).into_iter().flatten().flatten() {
+            if entry.file_name().as_encoded_bytes().starts_with(b".") {
+                let removed = fs::remove_file(entry.path());
+                tracing::info!("remove {}: {removed:?}", entry.path().display());
+            }
+        }
     }
 
     /// What the file of `state` says now, if it is still there and of the same process.
@@ -313,6 +332,17 @@ mod tests {
         books.remove(&theirs).unwrap();
         books.update(&theirs).unwrap();
         assert_eq!(dir.list().unwrap(), []);
+    }
+
+    #[test]
+    fn a_file_that_was_not_finished_is_swept_away_and_the_others_stay() {
+        let temp = tempfile::tempdir().unwrap();
+        let dir = dir(&temp, true);
+        fs::write(dir.0.join(".nbd0.1"), "{").unwrap();
+        let books = dir.lock().unwrap();
+        books.write(&state("/dev/nbd0")).unwrap();
+        books.sweep();
+        assert_eq!((dir.list().unwrap().len(), fs::read_dir(&dir.0).unwrap().count()), (1, 1));
     }
 
     #[test]

@@ -135,10 +135,9 @@ impl Transport {
         let number = self.number(state)?;
         match self {
             // Their servers wait for it.
-            Self::Ublk | Self::Nbd => {}
+            Self::Ublk | Self::Nbd => Ok(()),
             Self::Fuse => attach_fuse::wait_until_gone(number, state),
         }
-        Ok(())
     }
 
     fn number(self, state: &State) -> Result<u32> {
@@ -161,7 +160,7 @@ fn first_available(
         }
     }
     Err(Failure::no_transport(reasons.join(", "))
-        .hint("vdisk serve needs no kernel support, any NBD client can use it"))
+        .hint("--transport auto takes any that there is; vdisk serve needs none of them, NBD clients can use it"))
 }
 
 #[cfg(test)]

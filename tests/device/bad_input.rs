@@ -22,7 +22,7 @@ fn every_bad_input_gets_one_line_and_leaves_nothing() {
             head -c 300 whole.vmdk > cut300.vmdk; head -c 3000 whole.vmdk > cut3000.vmdk
             qemu-img create -q -f vmdk -o subformat=twoGbMaxExtentSparse split.vmdk 3G; rm split-s002.vmdk
             ln -s nowhere.vmdk dangling.vmdk; qemu-img create -q -f vmdk -o subformat=streamOptimized stream.vmdk 1M
-            qemu-img create -q -f vmdk -b whole.vmdk -F vmdk child.vmdk",
+            qemu-img create -q -f vmdk parent.vmdk 1M; qemu-img create -q -f vmdk -b parent.vmdk -F vmdk child.vmdk; rm parent.vmdk",
     );
     let before = lab.sh("find . -type f -exec sha256sum {} + | sort");
     for (file, expected) in [
@@ -36,7 +36,7 @@ fn every_bad_input_gets_one_line_and_leaves_nothing() {
         ("missing.vmdk", "No such file"),
         ("dangling.vmdk", "No such file"),
         ("stream.vmdk", "streamOptimized"),
-        ("child.vmdk", "whole.vmdk"),
+        ("child.vmdk", "parent.vmdk"),
     ] {
         let said = refused(&lab, file, file);
         assert!(said.to_lowercase().contains(&expected.to_lowercase()), "{file}: {said}");

@@ -1,6 +1,6 @@
 //! The serving process dies.
 
-use crate::lab::{Lab, assert_nothing_left, listed, wait_until};
+use crate::lab::{Lab, assert_nothing_left, listed, transport, wait_until};
 
 #[test]
 fn after_kill_9_detach_leaves_nothing() {
@@ -42,4 +42,39 @@ fn kill_9_while_it_is_written_leaves_nothing_and_what_was_synced_is_there() {
     assert_nothing_left(&lab);
     let check = lab.sh("qemu-img check disk.vmdk; qemu-img convert -O raw disk.vmdk raw; cmp -n 16777216 raw data");
     assert!(check.contains("No errors"), "{check}");
+}
+
+/// Data that waits in the page cache of the device, because somebody keeps it open, is written before the server goes.
+#[test]
+fn what_was_written_and_not_flushed_is_there_after_sigterm_and_detach() {
+    let lab = Lab::new();
+    lab.vmdk("disk.vmdk", "64M");
+    lab.sh("head -c 8388608 /dev/urandom > data");
+    let device = lab.attach("disk.vmdk");
+    let (disk, pid) = (device.path.clone(), device.pid());
+    lab.sh("echo 'I/O error|lost async page write' >> ${VDISK_VM_ALLOW:-/dev/null}");
+    lab.sh(&format!(
+        "exec 9<{disk}; dd if=data of={disk} bs=1M conv=notrunc; kill -TERM {pid}; timeout 60 tail --pid={pid} -f /dev/null; exec 9<&-"
+    ));
+    assert_nothing_left(&lab);
+    lab.sh("qemu-img convert -O raw disk.vmdk raw; cmp -n 8388608 raw data");
+    let device = lab.attach("disk.vmdk");
+    lab.sh(&format!("head -c 8388608 /dev/urandom > other; dd if=other of={} bs=1M conv=notrunc", device.path));
+    device.detach();
+    lab.sh("qemu-img convert -O raw disk.vmdk raw; cmp -n 8388608 raw other");
+}
+
+/// Otherwise a server that is killed while it waits for its own file system could not die.
+#[test]
+fn only_the_serving_threads_of_fuse_have_it_open() {
+    if transport() != "fuse" {
+        return;
+    }
+    let lab = Lab::new();
+    lab.vmdk("disk.vmdk", "64M");
+    let device = lab.attach("disk.vmdk");
+    let count = |of: String| lab.sh(&format!("ls -l {of} | grep -c /dev/fuse || true")).parse::<u32>().unwrap();
+    assert_eq!(count(format!("/proc/{}/fd", device.pid())), 0);
+    assert!(count(format!("/proc/{}/task/*/fd", device.pid())) > 0);
+    device.detach();
 }

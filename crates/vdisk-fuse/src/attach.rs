@@ -1,23 +1,23 @@
 //! `/dev/loopN` on the raw view.
 
 use std::ffi::OsString;
+use std::fs::File;
+use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use fuser::{Config, Session, SessionACL};
 use vdisk_image::Disk;
 use vdisk_io::FileSet;
 
 use crate::error::Error;
 use crate::loop_device::{self, LoopDevice, Setup};
 use crate::mount;
+use crate::session::{self, THREADS};
 use crate::stop::{End, Stop};
 use crate::view::{Gate, Shape, View};
 
-/// Threads that serve requests, each one at a time.
-const THREADS: usize = 8;
 /// How long a look by udev or blkid may keep the device.
 const GLANCE: Duration = Duration::from_secs(3);
 
@@ -59,34 +59,24 @@ pub fn attach(
     let gate = Gate::open();
     let view = View::new(disk, files, Shape::Behind(OsString::from(&options.name)), gate.clone());
     let (mount, kernel) = mount::detached().map_err(Error::step("mount a FUSE file system"))?;
-    let mut config = Config::default();
-    config.n_threads = Some(options.threads.unwrap_or(THREADS));
-    config.clone_fd = true;
-    // The loop driver asks as the kernel, and nobody else finds the mount.
-    let session = Session::from_fd(view, kernel, SessionACL::All, config).map_err(Error::step("talk to /dev/fuse"))?;
-    let ends = stop.sender();
-    let run = move || {
-        // Nobody waits any more: the server was stopped.
-        let _ = ends.send(End::Unmounted(session.run()));
-    };
-    thread::Builder::new().name("fuse".to_owned()).spawn(run).map_err(Error::step("start a thread"))?;
-
-    let served = bind(&mount, options, setup).and_then(|device| {
+    session::serve_detached(view, &mount, kernel, options.threads.unwrap_or(THREADS), stop)?;
+    let served = bind(&mount, options, setup).and_then(|(device, node)| {
         // From here on the device alone keeps the mount.
         drop(mount);
-        serve(device, options, setup, added, ready, stop)
+        serve(device, node, options, setup, added, ready, stop)
     });
     gate.close();
     served
 }
 
-fn bind(mount: &std::os::fd::OwnedFd, options: &Options, setup: Setup) -> Result<LoopDevice, Error> {
+fn bind(mount: &OwnedFd, options: &Options, setup: Setup) -> Result<(LoopDevice, File), Error> {
     let file = mount::open_file(mount, options.name.as_ref(), setup.read_only);
     LoopDevice::bind(&file.map_err(Error::step("open the file to bind"))?, setup)
 }
 
 fn serve(
     device: LoopDevice,
+    node: File,
     options: &Options,
     setup: Setup,
     added: impl FnOnce(&Path),
@@ -95,8 +85,9 @@ fn serve(
 ) -> Result<(), Error> {
     let path = device.path();
     added(&path);
-    let scanned = device.scan_partitions(setup).map_err(Error::step(format!("scan {}", path.display())));
-    let ended = scanned.and_then(|()| {
+    let kept = LoopDevice::keep(&node, setup).map_err(Error::step(format!("scan {}", path.display())));
+    drop(node);
+    let ended = kept.and_then(|()| {
         ready(&path);
         match stop.wait() {
             End::Asked => Ok(()),
@@ -107,13 +98,13 @@ fn serve(
             End::Unmounted(Err(e)) => Err(Error::step("read from /dev/fuse")(e)),
         }
     });
-    let cleared = device.clear(&options.name).map_err(Error::step(format!("unbind {}", path.display())));
+    let cleared = device.clear(&options.name, true).map_err(Error::step(format!("unbind {}", path.display())));
     ended.and(cleared.map(drop))
 }
 
-/// Whether `/dev/loop<number>` is bound to the file that a server with this name serves.
+/// Whether `/dev/loop<number>` is bound to the file that a server with this name serves, as far as can be seen.
 pub fn bound_to(number: u32, name: &str) -> bool {
-    LoopDevice(number).is_bound_to(name)
+    LoopDevice(number).is_bound_to(name).unwrap_or(true)
 }
 
 /// Unbinds `/dev/loop<number>` if it is that of the server with this name, and waits a little while others look at it.
@@ -124,18 +115,24 @@ pub fn bound_to(number: u32, name: &str) -> bool {
 /// The host's.
 pub fn remove(number: u32, name: &str) -> Result<bool, Error> {
     let device = LoopDevice(number);
-    let cleared = device.clear(name).map_err(Error::step(format!("unbind {}", device.path().display())))?;
-    Ok(cleared || unbound(number, name))
+    let unbind = || Error::step(format!("unbind {}", device.path().display()));
+    // Its server is dead: what the page cache holds cannot be written.
+    Ok(device.clear(name, false).map_err(unbind())? || unbound(number, name)?)
 }
 
 /// Waits a little until the device is unbound: it is not before the last one closes it.
-pub fn unbound(number: u32, name: &str) -> bool {
+///
+/// # Errors
+///
+/// The host's, if sysfs does not tell.
+pub fn unbound(number: u32, name: &str) -> Result<bool, Error> {
+    let device = LoopDevice(number);
     let deadline = Instant::now() + GLANCE;
-    while bound_to(number, name) {
+    while device.is_bound_to(name).map_err(Error::step(format!("look at {}", device.path().display())))? {
         if Instant::now() >= deadline {
-            return false;
+            return Ok(false);
         }
         thread::sleep(Duration::from_millis(10));
     }
-    true
+    Ok(true)
 }

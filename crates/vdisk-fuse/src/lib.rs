@@ -13,6 +13,7 @@ mod error;
 mod loop_device;
 mod mount;
 mod serve;
+mod session;
 mod stop;
 mod view;
 

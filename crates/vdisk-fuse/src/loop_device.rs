@@ -48,12 +48,14 @@ pub(crate) struct Setup {
 }
 
 impl LoopDevice {
-    /// Binds a free device to a file, without a look for partitions.
+    /// Binds a free device to a file, without a look for partitions. The device is unbound when the descriptor that comes with it
+    /// is closed, unless [`LoopDevice::keep`] was called: a server that is killed before anybody knows of the device leaves
+    /// nothing.
     ///
     /// # Errors
     ///
     /// The host's, by step.
-    pub(crate) fn bind(file: &File, setup: Setup) -> Result<Self, Error> {
+    pub(crate) fn bind(file: &File, setup: Setup) -> Result<(Self, File), Error> {
         let control = open_control().map_err(Error::step(format!("open {CONTROL}")))?;
         let mut last = io::Error::from(io::ErrorKind::ResourceBusy);
         for _ in 0..ATTEMPTS {
@@ -67,13 +69,13 @@ impl LoopDevice {
             let config = sys::loop_config {
                 fd: file.as_raw_fd().cast_unsigned(),
                 block_size: 512,
-                info: info(setup.flags()),
+                info: info(setup.flags() | sys::LO_FLAGS_AUTOCLEAR as u32),
                 __reserved: [0; 8],
             };
             #[expect(unsafe_code, reason = "an ioctl with a struct")]
             // SAFETY: LOOP_CONFIGURE reads a `loop_config`, and this is one; both descriptors are open.
             match unsafe { ioctl::configure(node.as_raw_fd(), &config) } {
-                Ok(_) => return Ok(device),
+                Ok(_) => return Ok((device, node)),
                 // Somebody else has it by now.
                 Err(nix::errno::Errno::EBUSY) => last = nix::errno::Errno::EBUSY.into(),
                 Err(e) => return Err(Error::step(format!("bind {}", device.path().display()))(e)),
@@ -82,14 +84,14 @@ impl LoopDevice {
         Err(Error::step("find a free loop device")(last))
     }
 
-    /// Makes the kernel look for partitions; their nodes are there on return where the kernel makes nodes at all.
+    /// Makes the device stay, and the kernel look for partitions; their nodes are there on return where the kernel makes nodes
+    /// at all.
     ///
     /// # Errors
     ///
     /// The host's.
-    pub(crate) fn scan_partitions(self, setup: Setup) -> io::Result<()> {
+    pub(crate) fn keep(node: &File, setup: Setup) -> io::Result<()> {
         let info = info(setup.flags() | sys::LO_FLAGS_PARTSCAN as u32);
-        let node = self.open(true)?;
         #[expect(unsafe_code, reason = "an ioctl with a struct")]
         // SAFETY: LOOP_SET_STATUS64 reads a `loop_info64`, and this is one; the descriptor is open.
         unsafe { ioctl::set_status(node.as_raw_fd(), &info) }?;
@@ -97,16 +99,21 @@ impl LoopDevice {
     }
 
     /// Unbinds the device from its file: at once if nobody has it open, else when the last one closes it. Answers whether it
-    /// is unbound now.
+    /// is unbound now. With `sync`, what its page cache holds is written before: later there may be nobody to take it.
     ///
     /// # Errors
     ///
-    /// The host's.
-    pub(crate) fn clear(self, file: &str) -> io::Result<bool> {
-        if !self.is_bound_to(file) {
+    /// The host's. What could not be written is lost, the device is unbound all the same.
+    pub(crate) fn clear(self, file: &str, sync: bool) -> io::Result<bool> {
+        let node = match self.open(true) {
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(true),
+            node => node?,
+        };
+        // As long as we have it open its number cannot go to another file.
+        if !self.is_bound_to(file)? {
             return Ok(true);
         }
-        let node = self.open(true)?;
+        let synced = if sync { node.sync_all() } else { Ok(()) };
         #[expect(unsafe_code, reason = "an ioctl without argument")]
         // SAFETY: LOOP_CLR_FD takes no argument; the descriptor is open.
         match unsafe { ioctl::clear(node.as_raw_fd()) } {
@@ -116,13 +123,21 @@ impl LoopDevice {
         }
         // The kernel acts when the last descriptor is closed, which may be this one.
         drop(node);
-        Ok(!self.is_bound_to(file))
+        synced.and_then(|()| Ok(!self.is_bound_to(file)?))
     }
 
     /// Whether the file behind the device has this name, in whatever mount.
-    pub(crate) fn is_bound_to(self, name: &str) -> bool {
-        let backing = fs::read_to_string(format!("/sys/block/loop{}/loop/backing_file", self.0)).unwrap_or_default();
-        Path::new(backing.trim_end_matches('\n')).file_name().is_some_and(|found| found == name)
+    ///
+    /// # Errors
+    ///
+    /// The host's, if sysfs does not tell.
+    pub(crate) fn is_bound_to(self, name: &str) -> io::Result<bool> {
+        match fs::read_to_string(format!("/sys/block/loop{}/loop/backing_file", self.0)) {
+            Ok(backing) => Ok(Path::new(backing.trim_end_matches('\n')).file_name().is_some_and(|found| found == name)),
+            // Unbound, or no such device: ENODEV while it is being unbound.
+            Err(e) if is_gone(&e) && Path::new("/sys/block").exists() => Ok(false),
+            Err(e) => Err(e),
+        }
     }
 
     pub(crate) fn path(self) -> PathBuf {
@@ -145,6 +160,10 @@ impl LoopDevice {
         let mode = Mode::RUSR | Mode::WUSR | Mode::RGRP | Mode::WGRP;
         Ok(mknodat(CWD, self.path(), FileType::BlockDevice, mode, makedev(major, minor))?)
     }
+}
+
+fn is_gone(e: &io::Error) -> bool {
+    e.kind() == io::ErrorKind::NotFound || e.raw_os_error() == Some(libc::ENODEV)
 }
 
 impl Setup {

@@ -20,9 +20,18 @@ const DEVICE: &str = "/dev/fuse";
 ///
 /// What is missing.
 pub(crate) fn available() -> Result<(), Error> {
-    let missing = |what| move |source: io::Error| Error::Unavailable { what, source };
-    open_device().map_err(missing(DEVICE))?;
-    fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).map(drop).map_err(|e| missing("mount a FUSE file system")(e.into()))
+    device_available()?;
+    let missing = |e: rustix::io::Errno| Error::Unavailable { what: "mount a FUSE file system", source: e.into() };
+    fsopen("fuse", FsOpenFlags::FSOPEN_CLOEXEC).map(drop).map_err(missing)
+}
+
+/// Whether there is FUSE for this process.
+///
+/// # Errors
+///
+/// [`Error::Unavailable`].
+pub(crate) fn device_available() -> Result<(), Error> {
+    open_device().map(drop).map_err(|source| Error::Unavailable { what: DEVICE, source })
 }
 
 fn open_device() -> io::Result<File> {

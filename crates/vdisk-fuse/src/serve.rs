@@ -2,19 +2,23 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::path::Path;
+use std::os::unix::fs::MetadataExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::sync::Arc;
-use std::thread;
 
-use fuser::{Config, MountOption, Session};
+use fuser::{MountOption, Session};
+use rustix::fs::{AtFlags, CWD, StatxAttributes, StatxFlags, statx};
+use rustix::io::Errno;
+use rustix::mount::{UnmountFlags, unmount};
 use vdisk_image::Disk;
 use vdisk_io::FileSet;
 
 use crate::error::Error;
+use crate::mount;
+use crate::session::{self, THREADS};
 use crate::stop::{End, Stop};
 use crate::view::{Gate, Shape, View};
-
-const THREADS: usize = 8;
 
 /// Serves a disk as the file `place` until `stop` is given or somebody unmounts it. The file is made if there is none, and then
 /// removed at the end; what it holds is out of sight meanwhile. Root mounts by itself, others by fusermount3(1). `ready` is told
@@ -22,7 +26,7 @@ const THREADS: usize = 8;
 ///
 /// # Errors
 ///
-/// Why it could not be mounted, or not be unmounted.
+/// Why it could not be mounted, or not be unmounted, or what programs had changed by mmap(2) could not be written.
 pub fn serve(
     disk: Arc<Disk>,
     files: Arc<FileSet>,
@@ -30,26 +34,20 @@ pub fn serve(
     ready: impl FnOnce(),
     stop: &Stop,
 ) -> Result<(), Error> {
+    mount::device_available()?;
     let made = make_place(place)?;
     let served = mounted(disk, files, place, ready, stop);
-    if made && let Err(e) = fs::remove_file(place) {
-        tracing::warn!("remove {}: {e}", place.display());
+    if let Some(made) = made {
+        made.remove();
     }
     served
 }
 
 fn mounted(disk: Arc<Disk>, files: Arc<FileSet>, place: &Path, ready: impl FnOnce(), stop: &Stop) -> Result<(), Error> {
-    let mounting = |e: io::Error| {
-        let fusermount = e.kind() == io::ErrorKind::NotFound;
-        let hint = if fusermount { " (fusermount3 is missing: install the package fuse3)" } else { "" };
-        Error::step(format!("mount on {}{hint}", place.display()))(e)
-    };
     let gate = Gate::open();
     let read_only = disk.geometry().read_only;
     let view = View::new(disk, files, Shape::File, gate.clone());
-    let mut config = Config::default();
-    config.n_threads = Some(THREADS);
-    config.clone_fd = true;
+    let mut config = session::config(THREADS);
     config.mount_options = vec![
         MountOption::FSName("vdisk".to_owned()),
         MountOption::Subtype("vdisk".to_owned()),
@@ -59,21 +57,14 @@ fn mounted(disk: Arc<Disk>, files: Arc<FileSet>, place: &Path, ready: impl FnOnc
         MountOption::NoExec,
         if read_only { MountOption::RO } else { MountOption::RW },
     ];
-    let mut session = Session::new(view, place, &config).map_err(mounting)?;
-    let mut unmounter = session.unmount_callable();
-    let ends = stop.sender();
-    let run = move || {
-        let _ = ends.send(End::Unmounted(session.run()));
-    };
-    thread::Builder::new().name("fuse".to_owned()).spawn(run).map_err(Error::step("start a thread"))?;
+    let at = place.to_owned();
+    session::start(stop, move || Session::new(view, &at, &config).map_err(|e| mounting(&at, e)))?;
     ready();
     let ended = match stop.wait() {
         End::Asked => {
             // What programs have mapped and changed is written back while requests are still served.
-            if let Err(e) = File::open(place).and_then(|file| Ok(rustix::fs::syncfs(&file)?)) {
-                tracing::warn!("sync {}: {e}", place.display());
-            }
-            unmounter.unmount().or_else(|e| detach_busy(place, e))
+            let synced = File::open(place).and_then(|file| file.sync_all());
+            take_away(place).and(synced)
         }
         End::Unmounted(ended) => ended,
     };
@@ -81,30 +72,78 @@ fn mounted(disk: Arc<Disk>, files: Arc<FileSet>, place: &Path, ready: impl FnOnc
     ended.map_err(Error::step(format!("unmount {}", place.display())))
 }
 
-/// Who still has the file open gets errors from now on.
-fn detach_busy(place: &Path, busy: io::Error) -> io::Result<()> {
-    if busy.raw_os_error() != Some(libc::EBUSY) {
-        return Err(busy);
-    }
-    tracing::warn!("{} is in use: it is taken away all the same", place.display());
-    Ok(rustix::mount::unmount(place, rustix::mount::UnmountFlags::DETACH)?)
+fn mounting(place: &Path, e: io::Error) -> Error {
+    // fusermount3 says it with an end of line.
+    let said = e.to_string();
+    let e = if said.ends_with('\n') { io::Error::new(e.kind(), said.trim_end().to_owned()) } else { e };
+    let missing = e.kind() == io::ErrorKind::NotFound;
+    let hint = if missing { " (fusermount3 is missing: install the package fuse3)" } else { "" };
+    Error::step(format!("mount on {}{hint}", place.display()))(e)
 }
 
-/// Sees to it that there is a file to mount upon. Answers whether it was made.
-fn make_place(place: &Path) -> Result<bool, Error> {
-    match fs::metadata(place) {
-        Ok(data) if data.is_file() => Ok(false),
-        Ok(data) if data.is_dir() => {
-            Err(Error::Place(format!("{} is a directory: name a file in it", place.display())))
+/// Unmounts the file. Who still has it open gets errors from now on.
+fn take_away(place: &Path) -> io::Result<()> {
+    match unmount(place, UnmountFlags::NOFOLLOW) {
+        Err(Errno::BUSY) => {
+            tracing::warn!("{} is in use: it is taken away all the same", place.display());
+            Ok(unmount(place, UnmountFlags::NOFOLLOW | UnmountFlags::DETACH)?)
         }
-        Ok(_) => Err(Error::Place(format!("{} is no regular file", place.display()))),
+        // Only root may do it; a setuid program does it for those who mounted it.
+        Err(Errno::PERM) => {
+            let mut command = Command::new("fusermount3");
+            let output = command.args(["-u", "-z", "--"]).arg(place).stdin(Stdio::null()).output()?;
+            let said = || io::Error::other(String::from_utf8_lossy(&output.stderr).trim_end().to_owned());
+            if output.status.success() { Ok(()) } else { Err(said()) }
+        }
+        done => Ok(done?),
+    }
+}
+
+/// A file that was made to be mounted upon.
+struct Made {
+    place: PathBuf,
+    file: File,
+}
+
+impl Made {
+    /// Removes the file, unless something else has its name by now, or something was written to it.
+    fn remove(self) {
+        let ours = |data: &fs::Metadata| Ok::<_, io::Error>((data.dev(), data.ino(), data.len()));
+        let same = self.file.metadata().and_then(|made| Ok(ours(&made)? == ours(&fs::symlink_metadata(&self.place)?)?));
+        let empty = self.file.metadata().is_ok_and(|made| made.len() == 0);
+        match same {
+            Ok(true) if empty => {
+                if let Err(e) = fs::remove_file(&self.place) {
+                    tracing::warn!("remove {}: {e}", self.place.display());
+                }
+            }
+            _ => tracing::warn!("{} is not what it was: it is left alone", self.place.display()),
+        }
+    }
+}
+
+/// Sees to it that there is a file to mount upon: the one that was made, if none was there.
+fn make_place(place: &Path) -> Result<Option<Made>, Error> {
+    let refuse = |what: &str| Err(Error::Place(format!("{} {what}", place.display())));
+    match fs::metadata(place) {
+        Ok(_) if is_mount_point(place) => refuse("is a mount point already: unmount it, or name another file"),
+        Ok(data) if data.is_file() => Ok(None),
+        Ok(data) if data.is_dir() => refuse("is a directory: name a file in it"),
+        Ok(_) => refuse("is no regular file"),
         Err(e) if e.kind() == io::ErrorKind::NotFound => {
-            File::create_new(place).map(|_| true).map_err(Error::step(format!("create {}", place.display())))
+            let file = File::create_new(place).map_err(Error::step(format!("create {}", place.display())))?;
+            Ok(Some(Made { place: place.to_owned(), file }))
         }
         // What a server left that was killed.
         Err(e) if e.kind() == io::ErrorKind::NotConnected => {
-            Err(Error::Place(format!("{} is the mount of a server that has died: fusermount3 -u it", place.display())))
+            refuse("is the mount of a server that has died: take it away with fusermount3 -u")
         }
         Err(e) => Err(Error::step(format!("look at {}", place.display()))(e)),
     }
+}
+
+/// Since Linux 5.8.
+fn is_mount_point(place: &Path) -> bool {
+    let stat = statx(CWD, place, AtFlags::empty(), StatxFlags::TYPE);
+    stat.is_ok_and(|stat| stat.stx_attributes.contains(StatxAttributes::MOUNT_ROOT))
 }

@@ -141,6 +141,9 @@ impl View {
         if inside < len && !keeps_size {
             return Err(Errno::ENOSPC);
         }
+        if inside == 0 {
+            return Ok(());
+        }
         let flags = Flags { no_unmap, ..Flags::default() };
         self.request(Op::WriteZeroes, offset, inside, flags, &Buf::new(0))
     }
@@ -270,6 +273,9 @@ impl Filesystem for View {
         reply: ReplyData,
     ) {
         let len = self.inside(offset, size.into());
+        if len == 0 {
+            return reply.data(&[]);
+        }
         BUFFER.with_borrow_mut(|buf| {
             if length(len) > buf.len() {
                 *buf = Buf::new(length(len));

@@ -85,7 +85,7 @@ impl Sparse {
         match self.map(offset, len)? {
             crate::image::Mapping::NeedMeta(meta) => return Ok(Plan::Need(meta)),
             crate::image::Mapping::Data { offset, len, .. } => return Ok(Plan::Write { offset, len, ticket: None }),
-            crate::image::Mapping::Zero { .. } => {}
+            crate::image::Mapping::Zero { .. } | crate::image::Mapping::Parent { .. } => {}
         }
         let table = match self.table(index, Arc::clone) {
             Lookup::Table(t) => t,
@@ -253,6 +253,23 @@ impl Ticket<'_> {
             state.dirty.push(self.index);
         }
         self.finish(&mut state);
+    }
+
+    /// What a write of `len` bytes at `offset` of the extent leaves of the grains, before and behind it, as far as the parent is
+    /// to be seen there: (offset in the extent, bytes, byte offset in the file).
+    pub(crate) fn gaps(&self, offset: u64, len: u64) -> impl Iterator<Item = (u64, u64, u64)> {
+        let grain = self.extent.grain;
+        let (start, end) = (self.first * grain, (self.first + self.count) * grain);
+        let gaps = [(self.first, start, offset), (self.first + self.count - 1, offset + len, end)];
+        gaps.into_iter()
+            .filter(|(n, from, to)| from < to && !self.is_zeroed(*n))
+            .map(move |(_, from, to)| (from, to - from, self.place + (from - start)))
+    }
+
+    /// Whether the grain is marked as zeroes, which hide the parent.
+    fn is_zeroed(&self, grain: u64) -> bool {
+        let entry = usize::try_from(grain % self.extent.gtes).ok().and_then(|n| self.table.entry(n)).unwrap_or(0);
+        GrainEntry::decode(entry, self.extent.header.flags.zeroed_grain()) == GrainEntry::Zeroed
     }
 
     /// The file that the place is in.

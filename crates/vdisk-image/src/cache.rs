@@ -15,6 +15,9 @@ const SHARDS: usize = 16;
 /// Larger grains are not cached: a small read would become a thousand times as large.
 pub(crate) const MAX_GRAIN: u64 = 1 << 20;
 
+/// Grains that a shard remembers to have been read once, at most.
+const MAX_SEEN: usize = 1 << 14;
+
 /// A grain by its file and byte offset in it.
 pub(crate) type GrainKey = (FileId, u64);
 
@@ -67,7 +70,9 @@ impl GrainCache {
         let grain = usize::try_from(grain).unwrap_or(usize::MAX).max(1);
         let shards = SHARDS.min(bytes / grain);
         let shard_bytes = bytes.checked_div(shards).unwrap_or(0);
-        let seen = std::num::NonZeroUsize::new(shard_bytes / grain).unwrap_or(std::num::NonZeroUsize::MIN);
+        // The list of grains takes its memory at once: bounded, whatever budget was asked for.
+        let seen =
+            std::num::NonZeroUsize::new((shard_bytes / grain).min(MAX_SEEN)).unwrap_or(std::num::NonZeroUsize::MIN);
         let shard = || Shard { grains: LruCache::unbounded(), bytes: 0, seen: LruCache::new(seen) };
         Self {
             shards: (0..shards).map(|_| Mutex::new(shard())).collect(),

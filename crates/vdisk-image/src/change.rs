@@ -87,7 +87,7 @@ impl Disk {
         })
         .await;
         let Some(_beginning) = mine else { return Ok(()) };
-        for extent in self.image.writable_sparse() {
+        for extent in self.chain.top.writable_sparse() {
             self.find_end(io, extent).await?;
         }
         flush::run(io, &first.steps(), |f| self.name(f)).await?;

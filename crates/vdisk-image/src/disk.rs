@@ -5,7 +5,7 @@ use crate::change::FirstChange;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo};
 use crate::flush::{self, FlushPlan, Rounds, Step};
-use crate::image::Image;
+use crate::image::Chain;
 use crate::info::Info;
 use crate::request::{Geometry, Op, Request};
 use crate::sparse::{MetaRef, Sparse};
@@ -19,7 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 #[derive(Debug)]
 pub struct Disk {
     pub(crate) geometry: Geometry,
-    pub(crate) image: Image,
+    pub(crate) chain: Chain,
     pub(crate) info: Info,
     pub(crate) files: Vec<File>,
     pub(crate) cache: GrainCache,
@@ -110,7 +110,7 @@ impl Disk {
     }
 
     pub(crate) fn plan_flush(&self) -> FlushPlan {
-        FlushPlan::new(self.image.writable_sparse(), || {
+        FlushPlan::new(self.chain.top.writable_sparse(), || {
             let dirty = (0..).zip(&self.files).filter(|(_, f)| f.dirty.swap(false, Ordering::AcqRel));
             dirty.map(|(n, _)| FileId(n)).collect()
         })
@@ -200,7 +200,7 @@ impl Disk {
             return Vec::new();
         }
         let mut steps = Vec::new();
-        for s in self.image.writable_sparse() {
+        for s in self.chain.top.writable_sparse() {
             if let Some(len) = s.end().filter(|end| *end < s.file_len.load(Ordering::Acquire)) {
                 steps.push(Step::SetLen { file: s.file, len });
             }

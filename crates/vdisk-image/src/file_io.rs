@@ -68,12 +68,20 @@ pub struct Stored {
 /// The gate through which an image opens the files that it names. Names inside an image are hostile: the gate decides
 /// which ones may be followed.
 pub trait Files: FileIo {
-    /// Opens a file named by the image itself, as it is written there.
+    /// Opens a file that the file `by` names, as it is written there.
     ///
     /// # Errors
     ///
-    /// The host's; [`io::ErrorKind::PermissionDenied`] also for a name that leaves the image's directory.
-    fn open(&self, name: &str, writable: bool) -> io::Result<FileId>;
+    /// The host's; [`io::ErrorKind::PermissionDenied`] also for a name that leaves the directory of `by`.
+    fn open(&self, by: FileId, name: &str, writable: bool) -> io::Result<FileId>;
+
+    /// Opens the parent of the image whose descriptor is in `by`, to be read. `hint` may be a path of another host or system: what
+    /// it ends in is looked for beside `by` too.
+    ///
+    /// # Errors
+    ///
+    /// The host's, as of [`Files::open`]; also if the parent is a file of the chain already.
+    fn open_parent(&self, by: FileId, hint: &str) -> io::Result<FileId>;
 
     /// Length in bytes.
     fn len(&self, file: FileId) -> io::Result<u64>;

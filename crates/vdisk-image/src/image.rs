@@ -1,4 +1,4 @@
-//! An image: extents in a row, and the one thing a format says: where data is.
+//! Images: extents in a row, and the one thing a format says: where data is; and chains of them.
 
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::FileId;
@@ -12,6 +12,8 @@ pub(crate) enum Mapping {
     Data { file: FileId, offset: u64, len: u64, grain: Option<Grain> },
     /// Nowhere: it reads as zeroes.
     Zero { len: u64 },
+    /// Not in this link of the chain: the parent has it, and without a parent it reads as zeroes.
+    Parent { len: u64 },
     /// Not known before this is read.
     NeedMeta(MetaRef),
 }
@@ -51,6 +53,14 @@ pub(crate) struct Image {
     pub(crate) extents: Vec<Extent>,
 }
 
+/// An image and its parents: a read goes down until a link has something, a change stays in the top.
+#[derive(Debug)]
+pub(crate) struct Chain {
+    pub(crate) top: Image,
+    /// The parent, its parent, and so on.
+    pub(crate) parents: Vec<Image>,
+}
+
 /// An extent and an offset in it.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Place<'a> {
@@ -60,7 +70,49 @@ pub(crate) struct Place<'a> {
     pub(crate) len: u64,
 }
 
+impl Chain {
+    /// Where the bytes begin to be, in whatever link: never [`Mapping::Parent`]. The place is that of the link.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Image::locate`] and [`Place::map`].
+    pub(crate) fn find(&self, offset: u64, len: u64) -> Result<(Place<'_>, Mapping), DiskError> {
+        let place = self.top.locate(offset, len)?;
+        match place.map()? {
+            Mapping::Parent { len } => {
+                let (below, found) = self.find_below(offset, len)?;
+                Ok((below.unwrap_or(place), found))
+            }
+            found => Ok((place, found)),
+        }
+    }
+
+    /// As [`Chain::find`], below the top. No place goes with zeroes that no link has.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Chain::find`].
+    pub(crate) fn find_below(&self, offset: u64, len: u64) -> Result<(Option<Place<'_>>, Mapping), DiskError> {
+        let mut len = len;
+        for parent in &self.parents {
+            // A parent may be smaller than its child, which has zeroes there whatever comes further down.
+            let Some(inside) = parent.size().checked_sub(offset).filter(|inside| *inside > 0) else { break };
+            let place = parent.locate(offset, len.min(inside))?;
+            match place.map()? {
+                Mapping::Parent { len: less } => len = less,
+                found => return Ok((Some(place), found)),
+            }
+        }
+        Ok((None, Mapping::Zero { len }))
+    }
+}
+
 impl Image {
+    /// Bytes of the disk that it makes.
+    pub(crate) fn size(&self) -> u64 {
+        self.extents.last().map_or(0, |e| e.start + e.len)
+    }
+
     /// The extent at a byte of the disk.
     ///
     /// # Errors

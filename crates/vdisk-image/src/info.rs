@@ -22,11 +22,13 @@ pub struct Info {
     pub size: u64,
     /// Bytes in a grain, the largest if extents differ; `None` without sparse extents.
     pub grain_size: Option<u64>,
-    /// Whether the last one who wrote the image closed it.
+    /// Whether the last one who wrote the image closed it. Its parents count not: nothing is written there.
     pub clean: bool,
     /// The CID of a VMDK.
     pub content_id: Option<ContentId>,
-    /// The extents in order. A raw image has one.
+    /// The files of the parents: the parent's, its parent's, and so on.
+    pub parents: Vec<String>,
+    /// The extents in order, without those of parents. A raw image has one.
     pub extents: Vec<ExtentInfo>,
     /// What a user should know about how the image was taken.
     pub notices: Vec<String>,

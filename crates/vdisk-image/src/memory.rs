@@ -271,7 +271,12 @@ impl FileIo for Memory {
 }
 
 impl Files for Memory {
-    fn open(&self, name: &str, writable: bool) -> io::Result<FileId> {
+    fn open_parent(&self, by: FileId, hint: &str) -> io::Result<FileId> {
+        let n = self.open(by, hint, false)?;
+        if n == by { Err(io::ErrorKind::InvalidInput.into()) } else { Ok(n) }
+    }
+
+    fn open(&self, _by: FileId, name: &str, writable: bool) -> io::Result<FileId> {
         let mut files = self.files.borrow_mut();
         let n = files.iter().position(|f| f.name == name).ok_or(io::ErrorKind::NotFound)?;
         files[n].read_only = !writable;

@@ -6,7 +6,7 @@ use crate::disk::{Disk, File, size};
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, Files};
 use crate::flush::Step;
-use crate::image::{Extent, Image, Layout};
+use crate::image::{Chain, Extent, Image, Layout};
 use crate::info::{ExtentInfo, Format, Info};
 use crate::probe::{self, Kind};
 use crate::request::Geometry;
@@ -20,6 +20,9 @@ const TABLE_BYTES: usize = 16 << 20;
 /// However many extents there are, each gets this much.
 const TABLE_BYTES_AT_LEAST: usize = 64 << 10;
 
+/// Links of a chain at most: a chain that goes round in a circle ends somewhere.
+const MAX_LINKS: usize = 64;
+
 /// How to open an image.
 #[derive(Clone, Debug)]
 pub struct OpenOptions {
@@ -31,6 +34,8 @@ pub struct OpenOptions {
     pub cache_bytes: usize,
     /// Let write zeroes free space even when the request asks to keep it (`--zeroout=unmap`).
     pub zeroout_unmaps: bool,
+    /// Attach a chain, read-only, although a parent has another content ID than its child expects.
+    pub ignore_parent_content_id: bool,
     /// The content ID that the first change gives to a VMDK; random.
     pub new_content_id: u32,
 }
@@ -43,39 +48,122 @@ impl Disk {
     /// [`ErrorKind::NotAnImage`], [`ErrorKind::Unsupported`] or [`ErrorKind::Corrupt`] with what is wrong and what to do,
     /// or the host's when a file cannot be opened or read.
     pub async fn open<F: Files>(files: &F, image: FileId, options: &OpenOptions) -> Result<Self, DiskError> {
-        let mut opening = Opening::new(files, options);
-        opening.note(image);
-        let head = opening.read(image, 0, probe::HEAD).await?;
-        let kind = probe::probe(&opening.name(image), opening.len(image)?, &head, options.format)?;
-        match kind {
-            Kind::Raw => opening.raw(image)?,
-            Kind::SparseExtent => opening.sparse_image(image).await?,
-            Kind::Descriptor => {
-                let len = opening.len(image)?;
-                let (descriptor, text) = opening.descriptor(image, 0, len).await?;
-                opening.described(image, 0, &descriptor, &text).await?;
+        let mut names = Vec::new();
+        let mut top = Opening::new(files, options, options.read_only, &mut names).link(image, options.format).await?;
+        let (mut parents, mut child) = (Vec::new(), image);
+        let mut expected = top.parent.take();
+        while let Some(parent) = expected {
+            if parents.len() + 1 == MAX_LINKS {
+                let what = format!("{}: the chain of parents has more than {MAX_LINKS} links", files.name(image));
+                return Err(DiskError::new(ErrorKind::Unsupported, what));
             }
+            let file = files.open_parent(child, &parent.hint).map_err(|e| {
+                DiskError::host(format!("{}: open its parent \"{}\"", files.name(child), parent.hint), e)
+            })?;
+            // Never probed: a raw disk could look like anything.
+            let mut link = Opening::new(files, options, true, &mut names).link(file, Some(Format::Vmdk)).await?;
+            if let Some(notice) = parent.check(files, options, child, file, link.info.content_id)? {
+                top.info.notices.push(notice);
+            }
+            top.info.parents.push(files.name(file));
+            top.info.notices.append(&mut link.info.notices);
+            top.info.grain_size = top.info.grain_size.max(link.info.grain_size);
+            expected = link.parent.take();
+            parents.push(link.image());
+            child = file;
         }
-        opening.finish()
+        Ok(top.finish(options, parents, names))
     }
 }
 
-/// An image on its way to being open.
-struct Opening<'a, F: Files> {
-    files: &'a F,
-    options: &'a OpenOptions,
-    /// By [`FileId`].
-    names: Vec<String>,
+/// The parent as a child describes it.
+#[derive(Debug)]
+struct Parent {
+    hint: String,
+    content_id: ContentId,
+}
+
+impl Parent {
+    /// Whether the parent is as it was when the child was made. Answers with what the user should know if that is not asked for.
+    fn check<F: Files>(
+        &self,
+        files: &F,
+        options: &OpenOptions,
+        child: FileId,
+        file: FileId,
+        found: Option<ContentId>,
+    ) -> Result<Option<String>, DiskError> {
+        if found == Some(self.content_id) {
+            return Ok(None);
+        }
+        let found = found.map_or_else(|| "none".to_owned(), |id| id.to_string());
+        let what = format!(
+            "{}: its parent {} has CID {found}, and not {}: it was changed after the child was made",
+            files.name(child),
+            files.name(file),
+            self.content_id
+        );
+        match options.ignore_parent_content_id && options.read_only {
+            true => Ok(Some(what)),
+            false => Err(DiskError::new(
+                ErrorKind::Corrupt,
+                format!("{what}; --read-only with --ignore-parent-cid attaches it all the same"),
+            )),
+        }
+    }
+}
+
+/// A link of a chain that is open.
+struct Link {
     extents: Vec<Extent>,
     sparse_files: Vec<FileId>,
     content_id: Vec<Step>,
-    /// Memory for the grain tables of each sparse extent.
-    table_memory: usize,
+    parent: Option<Parent>,
     info: Info,
 }
 
+impl Link {
+    fn image(self) -> Image {
+        Image { extents: self.extents }
+    }
+
+    /// The disk that has this link on top.
+    fn finish(self, options: &OpenOptions, parents: Vec<Image>, names: Vec<String>) -> Disk {
+        let grain = self.info.grain_size;
+        let file = |name| File { name, dirty: false.into(), cannot_punch: false.into(), cannot_zero: false.into() };
+        Disk {
+            geometry: Geometry {
+                size: self.info.size,
+                read_only: options.read_only,
+                preferred_block: grain.and_then(|g| u32::try_from(g).ok()).unwrap_or(4096),
+            },
+            chain: Chain { top: Image { extents: self.extents }, parents },
+            files: names.into_iter().map(file).collect(),
+            cache: GrainCache::new(options.cache_bytes, grain.unwrap_or(u64::MAX)),
+            first_change: FirstChange::new(self.content_id, self.sparse_files),
+            zeroout_unmaps: options.zeroout_unmaps,
+            rounds: Default::default(),
+            loading: Default::default(),
+            info: self.info,
+        }
+    }
+}
+
+/// A link of a chain on its way to being open.
+struct Opening<'a, F: Files> {
+    files: &'a F,
+    options: &'a OpenOptions,
+    /// Refuse every change of this link.
+    read_only: bool,
+    /// By [`FileId`].
+    names: &'a mut Vec<String>,
+    /// Memory for the grain tables of each sparse extent.
+    table_memory: usize,
+    link: Link,
+}
+
 impl<'a, F: Files> Opening<'a, F> {
-    fn new(files: &'a F, options: &'a OpenOptions) -> Self {
+    fn new(files: &'a F, options: &'a OpenOptions, read_only: bool, names: &'a mut Vec<String>) -> Self {
         let info = Info {
             format: Format::Vmdk,
             subformat: None,
@@ -83,27 +171,42 @@ impl<'a, F: Files> Opening<'a, F> {
             grain_size: None,
             clean: true,
             content_id: None,
+            parents: Vec::new(),
             extents: Vec::new(),
             notices: Vec::new(),
         };
-        Self {
-            files,
-            options,
-            names: Vec::new(),
-            extents: Vec::new(),
-            sparse_files: Vec::new(),
-            content_id: Vec::new(),
-            table_memory: TABLE_BYTES,
-            info,
+        let (extents, sparse_files, content_id) = Default::default();
+        let link = Link { extents, sparse_files, content_id, parent: None, info };
+        Self { files, options, read_only, names, table_memory: TABLE_BYTES, link }
+    }
+
+    /// Opens the link whose first (or only) file is `image`.
+    async fn link(mut self, image: FileId, format: Option<Format>) -> Result<Link, DiskError> {
+        self.note(image);
+        let head = self.read(image, 0, probe::HEAD).await?;
+        match probe::probe(&self.name(image), self.len(image)?, &head, format)? {
+            Kind::Raw => self.raw(image)?,
+            Kind::SparseExtent => self.sparse_image(image).await?,
+            Kind::Descriptor => {
+                let len = self.len(image)?;
+                let (descriptor, text) = self.descriptor(image, 0, len).await?;
+                self.described(image, 0, &descriptor, &text).await?;
+            }
         }
+        if self.link.info.size == 0 {
+            let what = format!("{}: the disk has no sectors", self.name(image));
+            return Err(DiskError::new(ErrorKind::NotAnImage, what));
+        }
+        Ok(self.link)
     }
 
     fn raw(&mut self, file: FileId) -> Result<(), DiskError> {
-        self.info.format = Format::Raw;
+        self.link.info.format = Format::Raw;
         let len = self.len(file)?;
         let size = len - len % SECTOR_SIZE;
         if size < len {
-            self.info
+            self.link
+                .info
                 .notices
                 .push(format!("the last {} bytes are less than a sector and not part of the disk", len - size));
         }
@@ -156,12 +259,12 @@ impl<'a, F: Files> Opening<'a, F> {
         let sparse = descriptor.extents.iter().filter(|line| line.kind == ExtentKind::Sparse).count();
         self.table_memory = (TABLE_BYTES / sparse.max(1)).max(TABLE_BYTES_AT_LEAST);
         for (n, line) in (1..).zip(&descriptor.extents) {
-            self.extent(n, line).await?;
+            self.extent(file, n, line).await?;
         }
         Ok(())
     }
 
-    async fn extent(&mut self, n: usize, line: &ExtentLine) -> Result<(), DiskError> {
+    async fn extent(&mut self, by: FileId, n: usize, line: &ExtentLine) -> Result<(), DiskError> {
         let unsupported = |what: String| Err(DiskError::new(ErrorKind::Unsupported, format!("extent {n}: {what}")));
         match line.kind {
             ExtentKind::Zero => return self.push(line, Layout::Zero, None),
@@ -171,9 +274,11 @@ impl<'a, F: Files> Opening<'a, F> {
             }
         }
         let Some(name) = line.file.as_deref() else { return unsupported(format!("type {} without a file", line.kind)) };
-        let writable = !self.options.read_only && line.access == Access::Rw;
-        let file =
-            self.files.open(name, writable).map_err(|e| DiskError::host(format!("extent {n}: open \"{name}\""), e))?;
+        let writable = !self.read_only && line.access == Access::Rw;
+        let file = self
+            .files
+            .open(by, name, writable)
+            .map_err(|e| DiskError::host(format!("extent {n}: open \"{name}\""), e))?;
         self.note(file);
         if line.kind == ExtentKind::Sparse {
             let header = self.header(file).await?;
@@ -196,7 +301,7 @@ impl<'a, F: Files> Opening<'a, F> {
 
     fn sparse(&mut self, line: &ExtentLine, file: FileId, header: SparseHeader) -> Result<(), DiskError> {
         let name = self.name(file);
-        let read_only = self.options.read_only || line.access != Access::Rw;
+        let read_only = self.read_only || line.access != Access::Rw;
         if header.capacity < line.sectors {
             return Err(DiskError::new(
                 ErrorKind::Corrupt,
@@ -204,13 +309,13 @@ impl<'a, F: Files> Opening<'a, F> {
             ));
         }
         if header.unclean_shutdown {
-            self.info.clean = false;
+            self.link.info.clean = false;
         }
         let grain = header.grain_bytes();
-        self.info.grain_size = Some(self.info.grain_size.map_or(grain, |g| g.max(grain)));
+        self.link.info.grain_size = Some(self.link.info.grain_size.map_or(grain, |g| g.max(grain)));
         let sparse = Sparse::new(file, name, header, line.sectors, self.len(file)?, read_only, self.table_memory)?;
         if !read_only {
-            self.sparse_files.push(file);
+            self.link.sparse_files.push(file);
         }
         self.push(line, Layout::Sparse(Box::new(sparse)), Some(file))
     }
@@ -218,14 +323,14 @@ impl<'a, F: Files> Opening<'a, F> {
     fn push(&mut self, line: &ExtentLine, layout: Layout, file: Option<FileId>) -> Result<(), DiskError> {
         let too_large = || DiskError::new(ErrorKind::Corrupt, "the extents together are larger than any disk");
         let len = line.sectors.bytes().ok_or_else(too_large)?;
-        let start = self.info.size;
+        let start = self.link.info.size;
         // Offsets on the host are signed.
-        self.info.size = start.checked_add(len).filter(|end| *end <= i64::MAX as u64).ok_or_else(too_large)?;
+        self.link.info.size = start.checked_add(len).filter(|end| *end <= i64::MAX as u64).ok_or_else(too_large)?;
         let offset = if let Layout::Flat { offset, .. } = layout { offset } else { 0 };
         let file = file.map(|f| self.name(f));
-        self.info.extents.push(ExtentInfo { kind: line.kind, access: line.access, size: len, file, offset });
+        self.link.info.extents.push(ExtentInfo { kind: line.kind, access: line.access, size: len, file, offset });
         if len > 0 {
-            self.extents.push(Extent { start, len, access: line.access, layout });
+            self.link.extents.push(Extent { start, len, access: line.access, layout });
         }
         Ok(())
     }
@@ -234,30 +339,36 @@ impl<'a, F: Files> Opening<'a, F> {
     fn describe(&mut self, file: FileId, at: u64, descriptor: &Descriptor, text: &[u8]) -> Result<(), DiskError> {
         let name = self.name(file);
         let unsupported = |what: String| Err(DiskError::new(ErrorKind::Unsupported, format!("{name}: {what}")));
-        self.info.subformat = Some(descriptor.create_type.clone());
-        self.info.content_id = descriptor.content_id;
-        if descriptor.parent_content_id.is_some() || descriptor.parent_file_name_hint.is_some() {
-            let parent = descriptor.parent_file_name_hint.as_deref().unwrap_or("unnamed");
-            return unsupported(format!(
-                "is a delta of the parent \"{parent}\": chains are not supported yet; merge them with qemu-img convert"
-            ));
-        }
+        self.link.info.subformat = Some(descriptor.create_type.clone());
+        self.link.info.content_id = descriptor.content_id;
+        self.link.parent = match (descriptor.parent_content_id, descriptor.parent_file_name_hint.as_deref()) {
+            (Some(content_id), Some(hint)) if !hint.is_empty() => Some(Parent { hint: hint.to_owned(), content_id }),
+            (None, None | Some("")) => None,
+            (Some(id), _) => {
+                let what = format!("{name}: has a parent of CID {id}, but does not say where (parentFileNameHint)");
+                return Err(DiskError::new(ErrorKind::Corrupt, what));
+            }
+            (None, Some(hint)) => {
+                let what = format!("{name}: names the parent \"{hint}\", but has no parentCID");
+                return Err(DiskError::new(ErrorKind::Corrupt, what));
+            }
+        };
         if descriptor.extents.is_empty() {
             return Err(DiskError::new(ErrorKind::Corrupt, format!("{name}: the descriptor lists no extents")));
         }
-        if descriptor.change_track_path.is_some() && !self.options.read_only {
+        if descriptor.change_track_path.is_some() && !self.read_only {
             return unsupported("has change tracking, which a write would break: use --read-only".to_owned());
         }
         let places = content_id_places(text);
         let Some(cid) = places.cid else {
-            self.info.notices.push("the descriptor has no single CID: it is not changed on writing".to_owned());
+            self.link.info.notices.push("the descriptor has no single CID: it is not changed on writing".to_owned());
             return Ok(());
         };
         // In place, so as many digits as there are: a text that moved could be torn by a crash.
         let digits = cid.len();
         let id = ContentId(self.options.new_content_id & (u32::MAX >> (32 - 4 * digits.clamp(1, 8))));
         let mut put = |place: Range<usize>, text: String| {
-            self.content_id.push(Step::Write { file, offset: at + place.start as u64, bytes: text.into_bytes() });
+            self.link.content_id.push(Step::Write { file, offset: at + place.start as u64, bytes: text.into_bytes() });
         };
         put(cid, format!("{:0digits$x}", id.0));
         if let Some(tail) = places.long_content_id_tail {
@@ -316,30 +427,6 @@ impl<'a, F: Files> Opening<'a, F> {
 
     fn len(&self, file: FileId) -> Result<u64, DiskError> {
         self.files.len(file).map_err(|e| DiskError::host(format!("{}: length", self.name(file)), e))
-    }
-
-    fn finish(self) -> Result<Disk, DiskError> {
-        if self.info.size == 0 {
-            return Err(DiskError::new(ErrorKind::NotAnImage, "the disk has no sectors"));
-        }
-        let grain = self.info.grain_size;
-        let geometry = Geometry {
-            size: self.info.size,
-            read_only: self.options.read_only,
-            preferred_block: grain.and_then(|g| u32::try_from(g).ok()).unwrap_or(4096),
-        };
-        let file = |name| File { name, dirty: false.into(), cannot_punch: false.into(), cannot_zero: false.into() };
-        Ok(Disk {
-            geometry,
-            image: Image { extents: self.extents },
-            files: self.names.into_iter().map(file).collect(),
-            cache: GrainCache::new(self.options.cache_bytes, grain.unwrap_or(u64::MAX)),
-            first_change: FirstChange::new(self.content_id, self.sparse_files),
-            zeroout_unmaps: self.options.zeroout_unmaps,
-            rounds: Default::default(),
-            loading: Default::default(),
-            info: self.info,
-        })
     }
 }
 

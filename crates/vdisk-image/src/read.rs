@@ -46,13 +46,44 @@ pub(crate) fn push(runs: &mut Runs, run: Run) {
 
 impl Disk {
     pub(crate) async fn read<I: FileIo>(&self, io: &I, offset: u64, len: u64, buf: &I::Buf) -> Result<(), DiskError> {
+        self.read_by(io, offset, len, buf, |offset, len| {
+            let (place, mapping) = self.chain.find(offset, len)?;
+            Ok((Some(place), mapping))
+        })
+        .await
+        .map(drop)
+    }
+
+    /// Reads what the top link's parents have. Whether there is anything but zeroes that no link has.
+    pub(crate) async fn read_below<I: FileIo>(
+        &self,
+        io: &I,
+        offset: u64,
+        len: u64,
+        buf: &I::Buf,
+    ) -> Result<bool, DiskError> {
+        self.read_by(io, offset, len, buf, |offset, len| self.chain.find_below(offset, len)).await
+    }
+
+    async fn read_by<'a, I: FileIo>(
+        &'a self,
+        io: &I,
+        offset: u64,
+        len: u64,
+        buf: &I::Buf,
+        find: impl Fn(u64, u64) -> Result<(Option<Place<'a>>, Mapping), DiskError>,
+    ) -> Result<bool, DiskError> {
         let mut runs = Runs::new();
         let mut done = 0;
         while done < len {
-            let place = self.image.locate(offset + done, len - done)?;
-            match place.map()? {
-                Mapping::NeedMeta(meta) => self.load_at(io, place, meta).await?,
-                Mapping::Zero { len } => {
+            let (place, mapping) = find(offset + done, len - done)?;
+            match mapping {
+                Mapping::NeedMeta(meta) => {
+                    if let Some(place) = place {
+                        self.load_at(io, place, meta).await?;
+                    }
+                }
+                Mapping::Zero { len } | Mapping::Parent { len } => {
                     io.fill_zero(buf, size(done)..size(done + len));
                     done += len;
                 }
@@ -63,10 +94,14 @@ impl Disk {
             }
         }
         match *runs {
-            [] => Ok(()),
-            [ref run] => self.read_run(io, run, buf).await,
-            _ => join_all(runs.iter().map(|run| self.read_run(io, run, buf))).await.into_iter().collect(),
+            [] => return Ok(false),
+            [ref run] => self.read_run(io, run, buf).await?,
+            _ => join_all(runs.iter().map(|run| self.read_run(io, run, buf)))
+                .await
+                .into_iter()
+                .collect::<Result<_, _>>()?,
         }
+        Ok(true)
     }
 
     /// Loads metadata of the extent that `place` is in.

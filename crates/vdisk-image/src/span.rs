@@ -34,13 +34,13 @@ impl Disk {
         let mut told = None;
         let mut done = 0;
         while done < len {
-            let place = self.image.locate(offset + done, len - done)?;
-            let (hole, more) = match place.map()? {
+            let (place, mapping) = self.chain.find(offset + done, len - done)?;
+            let (hole, more) = match mapping {
                 Mapping::NeedMeta(meta) => {
                     self.load_at(io, place, meta).await?;
                     continue;
                 }
-                Mapping::Zero { len } => (true, len),
+                Mapping::Zero { len } | Mapping::Parent { len } => (true, len),
                 Mapping::Data { file, offset, len, .. } => {
                     let stored = self.stored(io, file, offset, &mut told).await?;
                     (stored.hole, len.min(stored.len))

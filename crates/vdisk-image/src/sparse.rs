@@ -148,8 +148,10 @@ impl Sparse {
             Lookup::Absent => 0,
             Lookup::Need(meta) => return Ok(Mapping::NeedMeta(meta)),
         };
-        let GrainEntry::At(sector) = GrainEntry::decode(value, self.header.flags.zeroed_grain()) else {
-            return Ok(Mapping::Zero { len });
+        let sector = match GrainEntry::decode(value, self.header.flags.zeroed_grain()) {
+            GrainEntry::Absent => return Ok(Mapping::Parent { len }),
+            GrainEntry::Zeroed => return Ok(Mapping::Zero { len }),
+            GrainEntry::At(sector) => sector,
         };
         let start = sector.0 * SECTOR_SIZE;
         let missing = self.is_missing(start, 1);

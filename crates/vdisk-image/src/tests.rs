@@ -2,6 +2,7 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "sizes in tests are small, and a wrong one fails the test")]
 
+mod chain;
 mod crash;
 mod faults;
 mod fixtures;

@@ -1,10 +1,11 @@
-//! Writing: in place where there is a grain, else into a fresh one that is shown when it is written.
+//! Writing: in place where there is a grain, else into a fresh one that is shown when it is written, with what the parent has
+//! around the write.
 
 use crate::allocate::{Plan, Ticket};
 use crate::cache::GrainKey;
-use crate::disk::Disk;
+use crate::disk::{Disk, size};
 use crate::error::{DiskError, ErrorKind};
-use crate::file_io::FileIo;
+use crate::file_io::{FileId, FileIo};
 use crate::image::{Layout, Mapping, Place};
 use crate::read::{Run, Runs, push};
 use crate::sparse::{MetaRef, Sparse};
@@ -16,9 +17,24 @@ use smallvec::SmallVec;
 struct Batch<'a> {
     runs: Runs,
     tickets: SmallVec<[Ticket<'a>; 2]>,
+    /// Parts of fresh grains that the write leaves to the parent.
+    gaps: SmallVec<[Gap; 2]>,
     /// Grains whose cached bytes will be wrong.
     stale: SmallVec<[GrainKey; 4]>,
 }
+
+/// A part of a fresh grain that takes what is below it in the chain.
+struct Gap {
+    /// On the disk.
+    offset: u64,
+    len: u64,
+    file: FileId,
+    /// In the file.
+    at: u64,
+}
+
+/// Parents are copied in pieces of this size.
+const COPY: u64 = 1 << 20;
 
 /// What keeps a plan from going on.
 enum Obstacle<'a> {
@@ -34,8 +50,8 @@ impl Disk {
             let mut batch = Batch::default();
             let mut obstacle = None;
             while done < len && obstacle.is_none() {
-                let place = self.image.locate(offset + done, len - done)?;
-                match plan(place, done, &mut batch) {
+                let place = self.chain.top.locate(offset + done, len - done)?;
+                match self.plan(place, done, &mut batch) {
                     Ok(Ok(planned)) => done += planned,
                     Ok(Err(o)) => obstacle = Some(o),
                     Err(e) => {
@@ -48,24 +64,62 @@ impl Disk {
             // What is planned is written before anything is waited for: who waits holds no ticket, so that no two
             // requests can wait for one another.
             self.write_batch(io, batch, buf).await?;
-            match obstacle {
-                None => {}
-                Some(Obstacle::Need(extent, meta)) => self.load(io, extent, meta).await?,
-                Some(Obstacle::Wait(extent, grain)) => extent.wait_for(grain).await,
-                Some(Obstacle::Grow(extent)) => self.grow(io, extent).await?,
+            if let Some(obstacle) = obstacle {
+                self.overcome(io, obstacle).await?;
             }
         }
         Ok(())
     }
 
+    /// Hides what the parent has at the beginning of a range by fresh grains of zeroes, which are holes. Answers how many bytes
+    /// are hidden; 0: the top has something there by now, look again.
+    pub(crate) async fn hide_parent<I: FileIo>(&self, io: &I, offset: u64, len: u64) -> Result<u64, DiskError> {
+        loop {
+            let place = self.chain.top.locate(offset, len)?;
+            let Layout::Sparse(extent) = &place.extent.layout else { return Ok(0) };
+            let obstacle = match extent.plan_write(place.offset, place.len)? {
+                Plan::Write { ticket: None, .. } => return Ok(0),
+                Plan::Write { len, ticket: Some(ticket), .. } => {
+                    let mut batch = Batch::default();
+                    self.add_ticket(&mut batch, ticket, place, len);
+                    self.write_batch(io, batch, &io.alloc(0)).await?;
+                    return Ok(len);
+                }
+                Plan::Need(meta) => Obstacle::Need(extent, meta),
+                Plan::Wait(grain) => Obstacle::Wait(extent, grain),
+                Plan::Grow => Obstacle::Grow(extent),
+            };
+            self.overcome(io, obstacle).await?;
+        }
+    }
+
+    async fn overcome<I: FileIo>(&self, io: &I, obstacle: Obstacle<'_>) -> Result<(), DiskError> {
+        match obstacle {
+            Obstacle::Need(extent, meta) => self.load(io, extent, meta).await,
+            Obstacle::Wait(extent, grain) => {
+                extent.wait_for(grain).await;
+                Ok(())
+            }
+            Obstacle::Grow(extent) => self.grow(io, extent).await,
+        }
+    }
+
     async fn write_batch<I: FileIo>(&self, io: &I, batch: Batch<'_>, buf: &I::Buf) -> Result<(), DiskError> {
-        let result = match *batch.runs {
+        let mut result = match *batch.runs {
             [] => Ok(()),
             [ref run] => self.write_run(io, run, buf).await,
             _ => join_all(batch.runs.iter().map(|run| self.write_run(io, run, buf))).await.into_iter().collect(),
         };
+        for gap in &batch.gaps {
+            if result.is_ok() {
+                result = self.fill_gap(io, gap).await;
+            }
+        }
         for run in &batch.runs {
             self.mark_dirty(run.file);
+        }
+        for ticket in &batch.tickets {
+            self.mark_dirty(ticket.file());
         }
         for key in batch.stale {
             self.cache.forget(key);
@@ -90,6 +144,21 @@ impl Disk {
         io.write_at(run.file, buf, run.part(), run.at).await.map_err(|e| {
             DiskError::host(format!("write {} bytes at {} of {}", run.len, run.at, self.name(run.file)), e)
         })
+    }
+
+    /// Copies what is below a gap into it. The place reads as zeroes: those are not copied.
+    async fn fill_gap<I: FileIo>(&self, io: &I, gap: &Gap) -> Result<(), DiskError> {
+        let mut done = 0;
+        while done < gap.len {
+            let piece = (gap.len - done).min(COPY);
+            let buf = io.alloc(size(piece));
+            if self.read_below(io, gap.offset + done, piece, &buf).await? {
+                let run = Run { file: gap.file, at: gap.at + done, start: 0, len: piece, grain: None };
+                self.write_run(io, &run, &buf).await?;
+            }
+            done += piece;
+        }
+        Ok(())
     }
 
     /// Extends an extent's file, so that grains can be given out in it.
@@ -125,29 +194,52 @@ impl Drop for Growing<'_> {
     }
 }
 
-/// Plans the beginning of a place: how many bytes, or what has to happen first.
-fn plan<'a>(place: Place<'a>, start: u64, batch: &mut Batch<'a>) -> Result<Result<u64, Obstacle<'a>>, DiskError> {
-    place.check_writable()?;
-    // Without the extent's lock first: nearly every write finds its grain.
-    if let Mapping::Data { file, offset: at, len, grain } = place.map()? {
-        push(&mut batch.runs, Run { file, at, start, len, grain });
-        batch.stale.extend(grain.map(|g| (file, g.start)));
-        return Ok(Ok(len));
-    }
-    let Layout::Sparse(extent) = &place.extent.layout else {
-        return Err(DiskError::new(
-            ErrorKind::ReadOnly,
-            format!("the extent at byte {} of the disk is of type ZERO and cannot be written", place.extent.start),
-        ));
-    };
-    Ok(match extent.plan_write(place.offset, place.len)? {
-        Plan::Write { offset: at, len, ticket } => {
-            push(&mut batch.runs, Run { file: extent.file, at, start, len, grain: None });
-            batch.tickets.extend(ticket);
-            Ok(len)
+impl Disk {
+    /// Plans the beginning of a place: how many bytes, or what has to happen first.
+    fn plan<'a>(
+        &self,
+        place: Place<'a>,
+        start: u64,
+        batch: &mut Batch<'a>,
+    ) -> Result<Result<u64, Obstacle<'a>>, DiskError> {
+        place.check_writable()?;
+        // Without the extent's lock first: nearly every write finds its grain.
+        if let Mapping::Data { file, offset: at, len, grain } = place.map()? {
+            push(&mut batch.runs, Run { file, at, start, len, grain });
+            batch.stale.extend(grain.map(|g| (file, g.start)));
+            return Ok(Ok(len));
         }
-        Plan::Need(meta) => Err(Obstacle::Need(extent, meta)),
-        Plan::Wait(grain) => Err(Obstacle::Wait(extent, grain)),
-        Plan::Grow => Err(Obstacle::Grow(extent)),
-    })
+        let Layout::Sparse(extent) = &place.extent.layout else {
+            return Err(DiskError::new(
+                ErrorKind::ReadOnly,
+                format!("the extent at byte {} of the disk is of type ZERO and cannot be written", place.extent.start),
+            ));
+        };
+        Ok(match extent.plan_write(place.offset, place.len)? {
+            Plan::Write { offset: at, len, ticket } => {
+                push(&mut batch.runs, Run { file: extent.file, at, start, len, grain: None });
+                if let Some(ticket) = ticket {
+                    self.add_ticket(batch, ticket, place, len);
+                }
+                Ok(len)
+            }
+            Plan::Need(meta) => Err(Obstacle::Need(extent, meta)),
+            Plan::Wait(grain) => Err(Obstacle::Wait(extent, grain)),
+            Plan::Grow => Err(Obstacle::Grow(extent)),
+        })
+    }
+
+    /// Takes a ticket for a change of `len` bytes at a place into a batch, and what the change leaves to the parent.
+    fn add_ticket<'a>(&self, batch: &mut Batch<'a>, ticket: Ticket<'a>, place: Place<'a>, len: u64) {
+        if !self.chain.parents.is_empty() {
+            for (offset, len, at) in ticket.gaps(place.offset, len) {
+                // The last grain may reach past the extent.
+                let len = len.min(place.extent.len.saturating_sub(offset));
+                if len > 0 {
+                    batch.gaps.push(Gap { offset: place.extent.start + offset, len, file: ticket.file(), at });
+                }
+            }
+        }
+        batch.tickets.push(ticket);
+    }
 }

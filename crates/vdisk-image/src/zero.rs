@@ -1,7 +1,8 @@
 //! Discard and write zeroes: space is given back by punching holes under grains that keep their entries.
 //!
 //! No metadata changes, so nothing can be lost by a crash, and it works in units of the host's blocks. A grain that is
-//! absent reads as zeroes already: both operations leave it so.
+//! absent reads as zeroes already: both operations leave it so. Over a parent, write zeroes hides what the parent has by a
+//! grain that is a hole, which every version of the format can say.
 
 use crate::cache::GrainKey;
 use crate::disk::{Disk, size};
@@ -57,11 +58,17 @@ impl Disk {
             let mut stale: Vec<GrainKey> = Vec::new();
             let enough = len.min(done + BYTES_AT_ONCE);
             while done < enough && runs.len() < AT_ONCE {
-                let place = self.image.locate(offset + done, enough - done)?;
+                let place = self.chain.top.locate(offset + done, enough - done)?;
                 place.check_writable()?;
                 match place.map()? {
                     Mapping::NeedMeta(meta) => self.load_at(io, place, meta).await?,
                     Mapping::Zero { len } => done += len,
+                    Mapping::Parent { len } if how == Zeroing::Discard => done += len,
+                    Mapping::Parent { len } => match self.chain.find_below(offset + done, len)? {
+                        (Some(below), Mapping::NeedMeta(meta)) => self.load_at(io, below, meta).await?,
+                        (_, Mapping::Zero { len }) => done += len,
+                        _ => done += self.hide_parent(io, offset + done, enough - done).await?,
+                    },
                     Mapping::Data { file, offset: at, len, grain } => {
                         push(&mut runs, Run { file, at, start: done, len, grain });
                         stale.extend(grain.map(|g| (file, g.start)));

@@ -127,7 +127,7 @@ fn members_of_every_format_read_as_the_files_they_were() {
         let archive = place.tar(&["--format", format], &["appliance.ovf", directory]);
         let opened = || {
             let (files, id) = open(&archive, Some(&disk)).unwrap();
-            assert_eq!((id, files.open("disk-s001.vmdk", false).unwrap()), (FileId(0), FileId(1)));
+            assert_eq!((id, files.open(FileId(0), "disk-s001.vmdk", false).unwrap()), (FileId(0), FileId(1)));
             let name = files.name(FileId(1));
             assert!(name.ends_with(&format!("appliance.ova:{s001}")), "{name}");
             files
@@ -201,7 +201,7 @@ fn a_member_is_not_written_to() {
     }
     assert!(fs::read(&archive).unwrap() == before);
     let (files, _) = open(&archive, None).unwrap();
-    assert_eq!(files.open("disk.vmdk", true).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+    assert_eq!(files.open(FileId(0), "disk.vmdk", true).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
 }
 
 async fn changes(io: &impl FileIo) -> [io::Result<()>; 4] {
@@ -291,8 +291,8 @@ fn the_archive_is_locked_once_for_as_long_as_a_member_is_open() {
         HostFiles::open(&archive, mode).map(drop).map_err(|e| e.kind())
     };
     let (files, _) = open(&archive, None).unwrap();
-    files.open("s001.bin", false).unwrap();
-    files.open("none", false).unwrap_err();
+    files.open(FileId(0), "s001.bin", false).unwrap();
+    files.open(FileId(0), "none", false).unwrap_err();
     assert_eq!(writer(), Err(io::ErrorKind::ResourceBusy));
     open(&archive, None).expect("readers share");
     let set: Arc<FileSet> = files.into_set();

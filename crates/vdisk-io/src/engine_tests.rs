@@ -288,13 +288,13 @@ fn an_image_opens_the_files_that_it_names_once() {
     fs::write(&sibling, b"extent").unwrap();
     let mode = OpenMode { writable: true, ..OpenMode::default() };
     let (files, image) = HostFiles::open(&place.path, mode).unwrap();
-    let extent = files.open("disk-s001.vmdk", true).unwrap();
+    let extent = files.open(FileId(0), "disk-s001.vmdk", true).unwrap();
     assert_eq!((image, extent), (FileId(0), FileId(1)));
     assert_eq!((files.len(image).unwrap(), files.len(extent).unwrap()), (10, 6));
     assert_eq!(files.name(extent), fs::canonicalize(&sibling).unwrap().display().to_string());
     fs::hard_link(&sibling, place.path.with_file_name("again.vmdk")).unwrap();
     for name in ["disk.img", "disk-s001.vmdk", "again.vmdk"] {
-        let e = files.open(name, false).unwrap_err();
+        let e = files.open(FileId(0), name, false).unwrap_err();
         assert!(e.kind() == io::ErrorKind::InvalidInput && e.to_string().ends_with("are the same file"), "{e}");
     }
     let set = files.into_set();
@@ -308,8 +308,8 @@ fn an_image_opens_the_files_that_it_names_once() {
 fn a_reader_may_open_a_file_twice_but_not_for_writing() {
     let place = Place::new(&std::env::temp_dir(), &[1; 4096]);
     let (files, _) = HostFiles::open(&place.path, OpenMode::default()).unwrap();
-    assert_eq!(files.open("disk.img", true).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
-    assert_eq!(files.open("disk.img", false).unwrap(), FileId(1));
+    assert_eq!(files.open(FileId(0), "disk.img", true).unwrap_err().kind(), io::ErrorKind::PermissionDenied);
+    assert_eq!(files.open(FileId(0), "disk.img", false).unwrap(), FileId(1));
     let blocks = fs::metadata(&place.path).unwrap().blocks();
     assert_eq!(files.into_set().host_space_used().unwrap(), blocks * 512);
 }
@@ -362,7 +362,7 @@ fn a_block_device_is_an_image_too() {
     let mode = OpenMode { writable: true, trust_paths: true, direct_io: true, unlocked: false };
     let (files, id) = HostFiles::open(&link, mode).unwrap();
     assert_eq!(files.len(id).unwrap(), 1 << 20);
-    let twin = files.open(device.0.to_str().unwrap(), false).unwrap_err();
+    let twin = files.open(FileId(0), device.0.to_str().unwrap(), false).unwrap_err();
     assert!(twin.to_string().ends_with("are the same file"), "{twin}");
     let io = AnyIo::Opening(files);
     block_on(async {
@@ -387,6 +387,6 @@ fn a_block_device_is_not_opened_for_an_image_that_names_it() {
     };
     let (files, _) = HostFiles::open(&device.0, OpenMode::default()).unwrap();
     let name = device.0.file_name().unwrap().to_str().unwrap();
-    let e = files.open(name, false).unwrap_err();
+    let e = files.open(FileId(0), name, false).unwrap_err();
     assert_eq!(e.to_string(), format!("{name:?} is a block device; --trust-paths follows it"));
 }

@@ -5,13 +5,14 @@ use std::io;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Arc;
 
 use vdisk_image::{FileId, FileIo, Files, Stored};
 
 use crate::archive::Archive;
 use crate::buf::Buf;
-use crate::gate::Gate;
+use crate::gate::{Gate, base_name};
 use crate::host_file::HostFile;
 use crate::locks;
 
@@ -32,11 +33,10 @@ pub struct OpenMode {
 #[derive(Debug)]
 pub struct HostFiles {
     mode: OpenMode,
-    names: Names,
-    files: RefCell<Vec<HostFile>>,
+    files: RefCell<Vec<(HostFile, Rc<Names>)>>,
 }
 
-/// Where to look for the files that the image names.
+/// Where to look for the files that a file names: beside it.
 #[derive(Debug)]
 enum Names {
     Directory(Gate),
@@ -52,9 +52,9 @@ impl HostFiles {
     /// another process (or a product of VMware's) uses it in a way that excludes ours.
     pub fn open(path: &Path, mode: OpenMode) -> io::Result<(Self, FileId)> {
         let (gate, file) = Gate::open_image(path, mode.writable, mode.trust_paths)?;
-        let files = Self { mode, names: Names::Directory(gate), files: RefCell::default() };
+        let files = Self { mode, files: RefCell::default() };
         let file = HostFile::new(file, path.to_owned(), mode.writable, mode.direct_io)?;
-        let id = files.add_locked(file)?;
+        let id = files.add_locked(file, Names::Directory(gate).into())?;
         Ok((files, id))
     }
 
@@ -71,20 +71,20 @@ impl HostFiles {
     /// images to choose from, or the member is not stored as plain bytes (a link, a directory, sparse).
     pub fn open_member(archive: &Path, member: Option<&str>, mode: OpenMode) -> io::Result<(Self, FileId)> {
         let (archive, image) = Archive::open(archive, member, mode)?;
-        let files = Self { mode, names: Names::Archive(archive), files: RefCell::default() };
-        let id = files.add(image)?;
+        let files = Self { mode, files: RefCell::default() };
+        let id = files.add(image, Names::Archive(archive).into())?;
         Ok((files, id))
     }
 
     /// Ends the opening stage.
     pub fn into_set(self) -> Arc<FileSet> {
-        Arc::new(FileSet { files: self.files.into_inner() })
+        Arc::new(FileSet { files: self.files.into_inner().into_iter().map(|(file, _)| file).collect() })
     }
 
     /// Locks the file and takes it in.
-    fn add_locked(&self, file: HostFile) -> io::Result<FileId> {
+    fn add_locked(&self, file: HostFile, names: Rc<Names>) -> io::Result<FileId> {
         let files = self.files.borrow();
-        if let Some(twin) = files.iter().find(|f| f.identity() == file.identity())
+        if let Some((twin, _)) = files.iter().find(|(f, _)| f.identity() == file.identity())
             && (twin.is_writable() || file.is_writable())
         {
             return Err(io::Error::new(
@@ -96,36 +96,65 @@ impl HostFiles {
             locks::lock(&file)?;
         }
         drop(files);
-        self.add(file)
+        self.add(file, names)
     }
 
-    fn add(&self, file: HostFile) -> io::Result<FileId> {
+    fn add(&self, file: HostFile, names: Rc<Names>) -> io::Result<FileId> {
         let mut files = self.files.borrow_mut();
         let id = u32::try_from(files.len()).map_err(|_| io::Error::from(io::ErrorKind::QuotaExceeded))?;
-        files.push(file);
+        files.push((file, names));
         Ok(FileId(id))
     }
 
     fn with<T>(&self, file: FileId, f: impl FnOnce(&HostFile) -> io::Result<T>) -> io::Result<T> {
-        f(find(&self.files.borrow(), file)?)
+        f(&find(&self.files.borrow(), file)?.0)
+    }
+
+    fn names_beside(&self, file: FileId) -> io::Result<Rc<Names>> {
+        Ok(Rc::clone(&find(&self.files.borrow(), file)?.1))
     }
 }
 
 impl Files for HostFiles {
-    fn open(&self, name: &str, writable: bool) -> io::Result<FileId> {
+    fn open(&self, by: FileId, name: &str, writable: bool) -> io::Result<FileId> {
         if writable && !self.mode.writable {
             return Err(io::Error::new(
                 io::ErrorKind::PermissionDenied,
                 format!("{name:?}: for writing, in an image that is open read-only"),
             ));
         }
-        match &self.names {
+        let names = self.names_beside(by)?;
+        match &*names {
             Names::Directory(gate) => {
                 let (file, path) = gate.open_named(name, writable)?;
-                self.add_locked(HostFile::new(file, path, writable, self.mode.direct_io)?)
+                let file = HostFile::new(file, path, writable, self.mode.direct_io)?;
+                self.add_locked(file, names)
             }
             // Its lock is on the archive already.
-            Names::Archive(archive) => self.add(archive.open_named(name)?),
+            Names::Archive(archive) => {
+                let file = archive.open_named(name)?;
+                self.add(file, names)
+            }
+        }
+    }
+
+    fn open_parent(&self, by: FileId, hint: &str) -> io::Result<FileId> {
+        let names = self.names_beside(by)?;
+        let (file, parents_names) = match &*names {
+            Names::Directory(gate) => {
+                let (gate, file, path) = gate.open_parent(hint)?;
+                (HostFile::new(file, path, false, self.mode.direct_io)?, Rc::new(Names::Directory(gate)))
+            }
+            Names::Archive(archive) => (archive.open_named(base_name(hint))?, Rc::clone(&names)),
+        };
+        // A parent is a file of its own: else the chain goes round in a circle, or an extent is taken for a parent.
+        if let Some((twin, _)) = self.files.borrow().iter().find(|(f, _)| f.identity() == file.identity()) {
+            let what = format!("{hint:?} is {}, which is in the chain already", twin.path().display());
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, what));
+        }
+        match *names {
+            Names::Directory(_) => self.add_locked(file, parents_names),
+            Names::Archive(_) => self.add(file, parents_names),
         }
     }
 
@@ -227,7 +256,7 @@ impl FileSet {
     }
 }
 
-fn find(files: &[HostFile], file: FileId) -> io::Result<&HostFile> {
+fn find<T>(files: &[T], file: FileId) -> io::Result<&T> {
     usize::try_from(file.0)
         .ok()
         .and_then(|n| files.get(n))

@@ -44,6 +44,40 @@ impl Gate {
         Ok((checked(file, format!("{name:?}"), self.trust_paths)?, path.join(name)))
     }
 
+    /// Opens the parent that an image names, and a gate for the names in it: the name as it is, or else its last part, which is
+    /// all that is left of a path on another host.
+    pub(crate) fn open_parent(&self, hint: &str) -> io::Result<(Self, File, PathBuf)> {
+        let base = base_name(hint);
+        let (name, opened) = match self.open_named(hint, false) {
+            Err(e) if base != hint && (is_missing(&e) || e.kind() == io::ErrorKind::PermissionDenied) => {
+                let opened = self.open_named(base, false).map_err(|other| match is_missing(&other) {
+                    true => io::Error::new(e.kind(), format!("{e}; nor is there {base:?} beside the child")),
+                    false => other,
+                })?;
+                (base, opened)
+            }
+            opened => (hint, opened?),
+        };
+        let (file, path) = opened;
+        let directory = self.directory_of_name(name);
+        Ok((Self { directory, trust_paths: self.trust_paths, without_openat2: self.without_openat2 }, file, path))
+    }
+
+    /// The directory that a name which was let through leads to.
+    fn directory_of_name(&self, name: &str) -> Option<(PathBuf, OwnedFd)> {
+        let (path, directory) = self.directory.as_ref()?;
+        let above = match Path::new(name).parent() {
+            Some(above) if !above.as_os_str().is_empty() => above.to_str()?,
+            _ => ".",
+        };
+        let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
+        let opened = match self.trust_paths {
+            true => openat(directory, above, flags, Mode::empty()).ok()?,
+            false => self.open_beneath(directory, above, flags | OFlag::O_NOFOLLOW).ok()?,
+        };
+        Some((if above == "." { path.clone() } else { path.join(above) }, opened))
+    }
+
     fn open_beneath(&self, directory: &OwnedFd, name: &str, flags: OFlag) -> io::Result<OwnedFd> {
         let resolve =
             ResolveFlag::RESOLVE_BENEATH | ResolveFlag::RESOLVE_NO_SYMLINKS | ResolveFlag::RESOLVE_NO_MAGICLINKS;
@@ -65,6 +99,15 @@ impl Gate {
             _ => Err(refused(format!("{name:?}"), e)),
         })
     }
+}
+
+/// The last part of a path of any system: VMware writes those of Windows, and of datastores (`[store] folder/disk.vmdk`).
+pub(crate) fn base_name(path: &str) -> &str {
+    path.rsplit(['/', '\\']).next().unwrap_or(path)
+}
+
+fn is_missing(e: &io::Error) -> bool {
+    matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
 
 /// Without openat2(2): only what needs no resolving, a name in the directory itself.

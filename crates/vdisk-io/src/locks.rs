@@ -300,9 +300,9 @@ mod tests {
         hold(&extent);
         let files = open(&path, true).unwrap();
         // As a parent it is only read.
-        files.open("disk-s001.vmdk", false).unwrap();
+        files.open(vdisk_image::FileId(0), "disk-s001.vmdk", false).unwrap();
         drop(files);
-        let e = open(&path, true).unwrap().open("disk-s001.vmdk", true).unwrap_err();
+        let e = open(&path, true).unwrap().open(vdisk_image::FileId(0), "disk-s001.vmdk", true).unwrap_err();
         assert!(e.kind() == io::ErrorKind::ResourceBusy && e.to_string().contains("disk-s001.vmdk.lck"), "{e}");
     }
 

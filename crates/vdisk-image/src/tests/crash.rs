@@ -2,7 +2,9 @@
 //!
 //! `VDISK_CRASH_CASES` says how many cases to run, `VDISK_CRASH_SEED` repeats one.
 
-use super::fixtures::{DISK, SHAPES, Shape, faults, flush, image, open, read, request, run, run_all, write};
+use super::fixtures::{
+    DISK, SHAPES, Shape, content, faults, flush, image, open, read, request, run, run_all, sector, write,
+};
 use crate::memory::{Memory, Random};
 use crate::{Disk, Op};
 use std::cell::RefCell;
@@ -22,10 +24,6 @@ struct History {
 }
 
 type Histories = Rc<RefCell<Vec<History>>>;
-
-fn sector(value: u64) -> Vec<u8> {
-    value.to_le_bytes().repeat(64)
-}
 
 async fn work(task: u64, disk: Rc<Disk>, memory: Rc<Memory>, all: Histories, random: Random) {
     for n in 0..25 {
@@ -69,8 +67,8 @@ fn case(shape: Shape, seed: u64) {
     let disk = Rc::new(open(&memory).unwrap());
     memory.dead_from_call.set(memory.calls() + random.below(300));
     let all: Histories = Rc::new(RefCell::new((0..SECTORS).map(|_| History::default()).collect()));
-    for h in all.borrow_mut().iter_mut() {
-        h.values.push(0);
+    for (h, before) in all.borrow_mut().iter_mut().zip(content(shape).chunks(512)) {
+        h.values.push(before.iter().take(8).rev().fold(0, |value, byte| value << 8 | u64::from(*byte)));
     }
     run_all(
         (0..TASKS)

@@ -13,6 +13,7 @@ pub(crate) const OPTIONS: OpenOptions = OpenOptions {
     format: None,
     cache_bytes: 1 << 20,
     zeroout_unmaps: false,
+    ignore_parent_content_id: false,
     new_content_id: 0x1234_5678,
 };
 
@@ -28,10 +29,12 @@ pub(crate) enum Shape {
     SparseWithoutTables,
     /// A descriptor, two sparse extents and a flat one.
     Split,
+    /// An empty child of a parent with larger grains, whose own parent is smaller than the disk and has larger ones still.
+    Child,
 }
 
-pub(crate) const SHAPES: [Shape; 5] =
-    [Shape::Raw, Shape::Sparse, Shape::SparseWithoutCopy, Shape::SparseWithoutTables, Shape::Split];
+pub(crate) const SHAPES: [Shape; 6] =
+    [Shape::Raw, Shape::Sparse, Shape::SparseWithoutCopy, Shape::SparseWithoutTables, Shape::Split, Shape::Child];
 
 /// Bytes of a disk of any shape: several grain tables even with small grains.
 pub(crate) const DISK: u64 = 6 << 20;
@@ -40,8 +43,13 @@ pub(crate) const DISK: u64 = 6 << 20;
 pub(crate) const NAME: &str = "disk.vmdk";
 
 fn descriptor(extents: &str) -> String {
+    child_descriptor("parentCID=ffffffff", extents)
+}
+
+/// A descriptor with these lines about the parent.
+pub(crate) fn child_descriptor(parent: &str, extents: &str) -> String {
     format!(
-        "# Disk DescriptorFile\nversion=1\nCID=0badcafe\nparentCID=ffffffff\ncreateType=\"custom\"\n\n{extents}\n\n\
+        "# Disk DescriptorFile\nversion=1\nCID=0badcafe\n{parent}\ncreateType=\"custom\"\n\n{extents}\n\n\
          ddb.adapterType = \"ide\"\nddb.longContentID = \"00112233445566778899aabb0badcafe\"\n"
     )
 }
@@ -111,7 +119,53 @@ pub(crate) fn image(shape: Shape) -> Vec<(String, Vec<u8>)> {
                 ("s3.vmdk".to_owned(), sparse(third, 128, true, true, "")),
             ]
         }
+        Shape::Child => {
+            let link = |name: &str, parent: &str, sectors: u64, grain| {
+                let text = child_descriptor(parent, &format!("RW {sectors} SPARSE \"{name}\""));
+                (name.to_owned(), sparse(sectors, grain, true, name != NAME, &text))
+            };
+            let of = |name: &str| format!("parentCID=12345678\nparentFileNameHint=\"{name}\"");
+            let base = filled(vec![link("base.vmdk", "parentCID=ffffffff", sectors * 2 / 3, 128)], 0, BASE_DATA);
+            let parent = link("parent.vmdk", &of("base.vmdk"), sectors, 16);
+            let parent = filled([vec![parent], base].concat(), 1, PARENT_DATA);
+            [vec![link(NAME, &of("parent.vmdk"), sectors, 8)], parent].concat()
+        }
     }
+}
+
+/// Where the links of [`Shape::Child`] have data: runs of sectors. In the parent they begin and end inside grains of the base.
+const BASE_DATA: &[(u64, u64)] = &[(0, 300), (1000, 64), (5000, 2000)];
+const PARENT_DATA: &[(u64, u64)] = &[(100, 17), (290, 30), (1063, 3), (9000, 500), (DISK / 512 - 9, 9)];
+
+/// A sector that holds one value. The values that tests write are all larger than a sector's number.
+pub(crate) fn sector(value: u64) -> Vec<u8> {
+    value.to_le_bytes().repeat(64)
+}
+
+fn filled(files: Vec<(String, Vec<u8>)>, link: u64, runs: &[(u64, u64)]) -> Vec<(String, Vec<u8>)> {
+    let memory = Memory::new(files, 0);
+    let disk = open(&memory).unwrap();
+    run(async {
+        for &(first, count) in runs {
+            let bytes: Vec<u8> = (first..first + count).flat_map(|n| sector(n << 1 | link)).collect();
+            write(&disk, &memory, first * 512, &bytes).await.unwrap();
+        }
+        disk.close(&memory).await.unwrap();
+    });
+    memory.files()
+}
+
+/// What an image of [`image`] holds.
+pub(crate) fn content(shape: Shape) -> Vec<u8> {
+    let mut bytes = vec![0; DISK as usize];
+    if shape == Shape::Child {
+        for (link, runs) in [(0, BASE_DATA), (1, PARENT_DATA)] {
+            for n in runs.iter().flat_map(|(first, count)| *first..first + count) {
+                bytes[n as usize * 512..][..512].copy_from_slice(&sector(n << 1 | link));
+            }
+        }
+    }
+    bytes
 }
 
 /// Runs tasks on one thread until all are done. A task that nobody wakes fails the test instead of hanging it.

@@ -31,7 +31,7 @@ fn a_write_that_ends_while_a_flush_is_planned_is_not_in_the_plan_without_its_bar
         flush(&disk, &memory).await.unwrap();
     });
     // Another thread's write, between the two halves of the planning.
-    let plan = FlushPlan::new(disk.image.writable_sparse(), || {
+    let plan = FlushPlan::new(disk.chain.top.writable_sparse(), || {
         run(write(&disk, &memory, 8192, &[2; 4096])).unwrap();
         Vec::new()
     });

@@ -1,7 +1,7 @@
 //! Random requests from several tasks, against an array of bytes.
 
 use super::fixtures::{
-    DISK, OPTIONS, SHAPES, faults, flush, image, open, open_with, read, request, run, run_all, write,
+    DISK, OPTIONS, SHAPES, content, faults, flush, image, open, open_with, read, request, run, run_all, write,
 };
 use crate::memory::{Memory, Random};
 use crate::{Disk, Op, OpenOptions};
@@ -36,7 +36,12 @@ async fn work(task: u64, disk: Rc<Disk>, memory: Rc<Memory>, model: Rc<RefCell<V
             8 => {
                 let op = if random.below(2) == 0 { Op::WriteZeroes } else { Op::Discard };
                 request(&disk, &memory, op, offset, len, &RefCell::default()).await.unwrap();
-                model.borrow_mut()[range].fill(0);
+                let zero = vec![0; len as usize];
+                let got = if op == Op::Discard { read(&disk, &memory, offset, len).await.unwrap() } else { zero };
+                let old_or_zero =
+                    model.borrow()[range.clone()].iter().zip(&got).all(|(old, new)| [*old, 0].contains(new));
+                assert!(old_or_zero, "{op:?} of {range:?} by task {task}");
+                model.borrow_mut()[range].copy_from_slice(&got);
             }
             _ => flush(&disk, &memory).await.unwrap(),
         }
@@ -49,7 +54,7 @@ fn agrees_with_the_model(cannot_punch: bool, options: &OpenOptions) {
             let memory = Rc::new(Memory::new(image(shape), seed));
             memory.cannot_punch.set(cannot_punch);
             let disk = Rc::new(open_with(&memory, options).unwrap());
-            let model = Rc::new(RefCell::new(vec![0; DISK as usize]));
+            let model = Rc::new(RefCell::new(content(shape)));
             run_all(
                 (0..TASKS)
                     .map(|task| work(task, Rc::clone(&disk), Rc::clone(&memory), Rc::clone(&model), seed * 100 + task)),
@@ -103,7 +108,12 @@ fn zeroes_are_written_where_the_host_cannot_punch() {
             request(&disk, &memory, Op::Discard, 2000, 300_000, &RefCell::default()).await.unwrap();
             request(&disk, &memory, Op::WriteZeroes, 2000, 600_000, &RefCell::default()).await.unwrap();
             let got = read(&disk, &memory, 0, 800_000).await.unwrap();
-            let expected = |n: usize| u8::from((1000..2000).contains(&n) || (602_000..701_000).contains(&n)) * 7;
+            let before = content(shape);
+            let expected = |n: usize| match n {
+                2000..602_000 => 0,
+                1000..701_000 => 7,
+                _ => before[n],
+            };
             assert!(got.iter().enumerate().all(|(n, b)| *b == expected(n)), "{shape:?}");
         });
     }

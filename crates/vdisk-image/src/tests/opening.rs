@@ -111,17 +111,6 @@ fn an_entry_that_points_into_the_metadata_or_past_the_end_fails_the_read_only_th
 }
 
 #[test]
-fn a_delta_is_refused_by_the_name_of_its_parent() {
-    let mut files = image(Shape::Split);
-    let text = String::from_utf8(files[0].1.clone()).unwrap();
-    files[0].1 =
-        text.replace("parentCID=ffffffff", "parentCID=00000007\nparentFileNameHint=\"base.vmdk\"").into_bytes();
-    let (kind, text) = refused(files);
-    assert_eq!(kind, ErrorKind::Unsupported);
-    assert!(text.contains("base.vmdk"), "{text}");
-}
-
-#[test]
 fn the_wanted_format_overrules_what_the_bytes_look_like() {
     let options = OpenOptions { format: Some(Format::Raw), ..OPTIONS };
     let disk = open_with(&Memory::new(image(Shape::Sparse), 0), &options).unwrap();

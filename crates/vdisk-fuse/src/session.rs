@@ -1,0 +1,81 @@
+//! The threads that serve a file system.
+
+use std::io;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::mpsc;
+use std::thread;
+
+use fuser::{Config, Session, SessionACL};
+use nix::sched::{CloneFlags, unshare};
+
+use crate::error::Error;
+use crate::stop::{End, Stop};
+use crate::view::View;
+
+/// Threads that serve requests, each one at a time: docs/measurements.md.
+pub(crate) const THREADS: usize = 8;
+
+pub(crate) fn config(threads: usize) -> Config {
+    let mut config = Config::default();
+    config.n_threads = Some(threads);
+    config.clone_fd = true;
+    config
+}
+
+/// Starts to serve what `prepare` makes, which runs on the first of the serving threads.
+///
+/// These have a table of descriptors of their own, and nobody else has `/dev/fuse` open. Else a process that is killed while
+/// one of its threads waits for its own file system would wait for ever: the serving threads are dead, but the kernel would
+/// see the device open as long as the waiting one lives.
+pub(crate) fn start(
+    stop: &Stop,
+    prepare: impl FnOnce() -> Result<Session<View>, Error> + Send + 'static,
+) -> Result<(), Error> {
+    let ends = stop.sender();
+    let (tell, told) = mpsc::channel();
+    let run = move || match own_descriptors().map_err(Error::step("unshare descriptors")).and_then(|()| prepare()) {
+        Ok(session) => {
+            // A failed send here and below: nobody waits any more, the server was stopped.
+            let _ = tell.send(Ok(()));
+            let _ = ends.send(End::Unmounted(session.run()));
+        }
+        Err(e) => drop(tell.send(Err(e))),
+    };
+    thread::Builder::new().name("fuse".to_owned()).spawn(run).map_err(Error::step("start a thread"))?;
+    told.recv().unwrap_or_else(|e| Err(Error::step("start a thread")(io::Error::other(e))))
+}
+
+/// Gives the calling thread, and those that it will start, a table of descriptors of their own.
+fn own_descriptors() -> io::Result<()> {
+    unshare(CloneFlags::CLONE_FILES)?;
+    // Pipes by which whoever started the process learns that it is done with them.
+    let null = || std::fs::File::options().read(true).write(true).open("/dev/null");
+    rustix::stdio::dup2_stdin(null()?)?;
+    Ok(rustix::stdio::dup2_stdout(null()?)?)
+}
+
+/// Serves the mount behind `kernel`, which goes over to the serving threads for good; `mount` stays with the caller alone.
+pub(crate) fn serve_detached(
+    view: View,
+    mount: &OwnedFd,
+    kernel: OwnedFd,
+    threads: usize,
+    stop: &Stop,
+) -> Result<(), Error> {
+    let (mount, copy) = (mount.as_raw_fd(), kernel.as_raw_fd());
+    start(stop, move || {
+        close_copy(mount);
+        // The loop driver asks as the kernel, and nobody else finds the mount.
+        Session::from_fd(view, kernel, SessionACL::All, config(threads)).map_err(Error::step("talk to /dev/fuse"))
+    })?;
+    // The thread has closed it in its own table only, or will.
+    close_copy(copy);
+    Ok(())
+}
+
+/// Closes a descriptor in this thread's table whose owner lives in another one.
+fn close_copy(fd: i32) {
+    if let Err(e) = nix::unistd::close(fd) {
+        tracing::warn!("close the copy of a descriptor: {e}");
+    }
+}
