@@ -1,7 +1,7 @@
 //! The grain cache: grains that are read in small pieces again and again.
 //!
 //! Write-through, so that it never holds what the file does not. A grain comes in at its second read within a while: data
-//! that is read once costs no more than the read. A change takes the grain out after its I/O and before its reply; a
+//! that is read once costs no more than the read. A compressed grain comes in at its first. A change takes the grain out after its I/O and before its reply; a
 //! fill that was under way meanwhile notices and is thrown away.
 
 use crate::file_io::FileId;
@@ -86,6 +86,15 @@ impl GrainCache {
 
     /// Looks a grain of `len` bytes up for a read of part of it.
     pub(crate) fn look_up(&self, key: GrainKey, len: usize) -> Cached {
+        self.look(key, len, false)
+    }
+
+    /// The same for a grain that is dear to read, such as a compressed one: it comes in at its first read.
+    pub(crate) fn look_up_eagerly(&self, key: GrainKey, len: usize) -> Cached {
+        self.look(key, len, true)
+    }
+
+    fn look(&self, key: GrainKey, len: usize, eager: bool) -> Cached {
         let Some(shard) = self.shard(key) else { return Cached::Miss };
         let mut shard = locked(shard);
         match shard.grains.get(&key) {
@@ -93,7 +102,7 @@ impl GrainCache {
             Some(Slot::Filling(..)) => return Cached::Miss,
             None => {}
         }
-        if shard.seen.pop(&key).is_none() {
+        if !eager && shard.seen.pop(&key).is_none() {
             shard.seen.put(key, ());
             return Cached::Miss;
         }

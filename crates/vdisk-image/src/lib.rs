@@ -17,6 +17,7 @@ mod error;
 mod file_io;
 mod flush;
 mod image;
+mod inflate;
 mod info;
 #[cfg(any(test, feature = "memory"))]
 pub mod memory;
@@ -27,6 +28,7 @@ mod request;
 mod scan;
 mod span;
 mod sparse;
+mod stream;
 mod table;
 mod wait;
 mod write;

@@ -5,8 +5,9 @@ use crate::disk::{Disk, size};
 use crate::error::DiskError;
 use crate::file_io::{FileId, FileIo};
 use crate::image::{Grain, Layout, Mapping, Place};
+use crate::inflate::{Packed, Packs};
 use crate::sparse::MetaRef;
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 use smallvec::SmallVec;
 use std::ops::Range;
 use std::sync::Arc;
@@ -47,6 +48,7 @@ pub(crate) fn push(runs: &mut Runs, run: Run) {
 impl Disk {
     pub(crate) async fn read<I: FileIo>(&self, io: &I, offset: u64, len: u64, buf: &I::Buf) -> Result<(), DiskError> {
         let mut runs = Runs::new();
+        let mut packs = Packs::new();
         let mut done = 0;
         while done < len {
             let place = self.image.locate(offset + done, len - done)?;
@@ -56,13 +58,27 @@ impl Disk {
                     io.fill_zero(buf, size(done)..size(done + len));
                     done += len;
                 }
+                Mapping::Compressed { file, record, skip, len } => {
+                    packs.push(Packed { file, record, skip, len, start: done });
+                    done += len;
+                }
                 Mapping::Data { file, offset: at, len, grain } => {
                     push(&mut runs, Run { file, at, start: done, len, grain });
                     done += len;
                 }
             }
         }
-        match *runs {
+        if packs.is_empty() {
+            return self.read_runs(io, &runs, buf).await;
+        }
+        // Boxed, so that the usual request is no larger for it.
+        let (packed, plain) =
+            join(Box::pin(self.read_packed(io, &packs, buf)), Box::pin(self.read_runs(io, &runs, buf))).await;
+        packed.and(plain)
+    }
+
+    async fn read_runs<I: FileIo>(&self, io: &I, runs: &Runs, buf: &I::Buf) -> Result<(), DiskError> {
+        match **runs {
             [] => Ok(()),
             [ref run] => self.read_run(io, run, buf).await,
             _ => join_all(runs.iter().map(|run| self.read_run(io, run, buf))).await.into_iter().collect(),

@@ -8,3 +8,4 @@ mod fixtures;
 mod hostile;
 mod model;
 mod opening;
+mod stream;

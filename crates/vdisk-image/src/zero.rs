@@ -5,7 +5,7 @@
 
 use crate::cache::GrainKey;
 use crate::disk::{Disk, size};
-use crate::error::DiskError;
+use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo};
 use crate::image::Mapping;
 use crate::read::{Run, Runs, push};
@@ -62,6 +62,11 @@ impl Disk {
                 match place.map()? {
                     Mapping::NeedMeta(meta) => self.load_at(io, place, meta).await?,
                     Mapping::Zero { len } => done += len,
+                    Mapping::Compressed { file, record, .. } => {
+                        // Opening for writing refuses compressed extents, so nobody sees this.
+                        let what = format!("{}: the grain at byte {} is compressed", self.name(file), record.at);
+                        return Err(DiskError::new(ErrorKind::ReadOnly, what));
+                    }
                     Mapping::Data { file, offset: at, len, grain } => {
                         push(&mut runs, Run { file, at, start: done, len, grain });
                         stale.extend(grain.map(|g| (file, g.start)));
