@@ -94,6 +94,19 @@ impl GrainCache {
         self.look(key, len, true)
     }
 
+    /// A grain's bytes, if they are here.
+    pub(crate) fn hit(&self, key: GrainKey) -> Option<Arc<[u8]>> {
+        match locked(self.shard(key)?).grains.get(&key) {
+            Some(Slot::Filled(bytes)) => Some(Arc::clone(bytes)),
+            Some(Slot::Filling(..)) | None => None,
+        }
+    }
+
+    /// Whether the budget is large enough for any grain.
+    pub(crate) fn keeps_grains(&self) -> bool {
+        !self.shards.is_empty()
+    }
+
     fn look(&self, key: GrainKey, len: usize, eager: bool) -> Cached {
         let Some(shard) = self.shard(key) else { return Cached::Miss };
         let mut shard = locked(shard);

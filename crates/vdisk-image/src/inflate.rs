@@ -3,14 +3,17 @@
 //! Whatever a record or the header says, memory is bounded: input and output go through small windows, and a grain is
 //! gathered as a whole only where it is small enough for the cache.
 
-use crate::cache::{Cached, MAX_GRAIN};
+use crate::cache::{Cached, GrainKey, MAX_GRAIN};
 use crate::disk::{Disk, size};
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo};
+use crate::wait::{WaitList, locked, until, wake};
 use flate2::{Decompress, FlushDecompress, Status};
 use futures_util::future::join_all;
 use smallvec::SmallVec;
-use std::sync::Arc;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex};
 use vmdk_parse::{GrainRecord, SECTOR_SIZE, Sectors, TableGeometry};
 
 /// Bytes of a record that are read at once: a record of a usual grain takes one read even where it could not be compressed.
@@ -82,8 +85,23 @@ impl Disk {
                 io.copy_in(buf, size(pack.start), part);
             }
         };
-        // At the first read already: a grain in which many small reads follow one another is inflated once.
-        let fill = match self.cache.look_up_eagerly((pack.file, pack.record.at), size(grain)) {
+        // At the first read already, and by one of those who want it: a grain of which small parts are read one after the other,
+        // or together, is inflated once.
+        let key = (pack.file, pack.record.at);
+        let claim = loop {
+            if let Some(bytes) = self.cache.hit(key) {
+                copy(&bytes);
+                return Ok(());
+            }
+            if !self.cache.keeps_grains() {
+                break None;
+            }
+            match Claim::new(&self.inflating, key) {
+                Some(claim) => break Some(claim),
+                None => self.wait_for_inflated(key).await,
+            }
+        };
+        let fill = match self.cache.look_up_eagerly(key, size(grain)) {
             Cached::Hit(bytes) => {
                 copy(&bytes);
                 return Ok(());
@@ -100,7 +118,17 @@ impl Disk {
         if let Some(fill) = fill {
             self.cache.fill(&fill, result.is_ok().then(|| Arc::from(bytes)));
         }
+        // Not before the cache has it.
+        drop(claim);
         result
+    }
+
+    async fn wait_for_inflated(&self, key: GrainKey) {
+        until(&self.inflating, |i| match i.get_mut(&key) {
+            Some(list) => Err(list),
+            None => Ok(()),
+        })
+        .await;
     }
 
     /// Reads from a grain that is too large to be kept. What comes behind the wanted part is not looked at.
@@ -186,6 +214,35 @@ impl Disk {
         let mut bytes = vec![0; len];
         io.copy_out(&buf, 0, &mut bytes);
         Ok(bytes)
+    }
+}
+
+/// Grains that are being inflated for the cache, and who waits for them.
+pub(crate) type Inflating = Mutex<HashMap<GrainKey, WaitList>>;
+
+/// The duty to inflate a grain for all who want it. Who has it waits for nobody but the host.
+struct Claim<'a> {
+    inflating: &'a Inflating,
+    key: GrainKey,
+}
+
+impl<'a> Claim<'a> {
+    /// `None` if another task has it.
+    fn new(inflating: &'a Inflating, key: GrainKey) -> Option<Self> {
+        match locked(inflating).entry(key) {
+            Entry::Occupied(_) => None,
+            Entry::Vacant(v) => {
+                v.insert(WaitList::default());
+                Some(Self { inflating, key })
+            }
+        }
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let list = locked(self.inflating).remove(&self.key);
+        wake(list.map(|mut l| l.take()).unwrap_or_default());
     }
 }
 

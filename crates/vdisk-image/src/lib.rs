@@ -3,7 +3,8 @@
 //! A format maps (says where data is) and never does I/O itself; [`Disk::serve`] is the one place that turns a checked
 //! [`Request`] into I/O through the [`FileIo`] it is given. The crate knows no runtime, no transport and no clock.
 //!
-//! Lock order: an extent's lock, a shard of the grain cache, the list of loads, the flush rounds and the first change
+//! Lock order: an extent's lock, a shard of the grain cache, the lists of loads and of grains that are inflated, the flush
+//! rounds and the first change
 //! have one mutex each; none is held while another is taken, and none across an await.
 
 #![forbid(unsafe_code)]

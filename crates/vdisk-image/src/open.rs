@@ -341,6 +341,7 @@ impl<'a, F: Files> Opening<'a, F> {
             zeroout_unmaps: self.options.zeroout_unmaps,
             rounds: Default::default(),
             loading: Default::default(),
+            inflating: Default::default(),
             info: self.info,
         })
     }

@@ -114,7 +114,7 @@ pub(crate) async fn open<F: Files>(
         End::Marked => String::new(),
         End::Cut(at) => format!("; the stream breaks off at byte {at}, and what is missing reads as zeroes"),
     };
-    notices.push(format!("{name}: {why}: {count} grains were found by walking over the records{cut}"));
+    notices.push(format!("{name}: {why}; grains found by walking over the records instead: {count}{cut}"));
     Ok(Some(Stream { geometry, index: Some(index) }))
 }
 

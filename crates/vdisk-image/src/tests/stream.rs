@@ -291,18 +291,45 @@ fn small_reads_in_a_row_inflate_each_grain_once() {
 }
 
 #[test]
-fn many_readers_at_once_get_the_same_bytes() {
-    let made = Rc::new(make(RECIPE));
-    let memory = Rc::new(memory(&made.file));
-    let disk = Rc::new(open_with(&memory, &OpenOptions { cache_bytes: 64 << 10, ..READ_ONLY }).unwrap());
-    run_all((0..40u64).map(|n| {
-        let (made, memory, disk) = (Rc::clone(&made), Rc::clone(&memory), Rc::clone(&disk));
-        async move {
-            let at = n % 8 * 4096;
-            let got = read(&disk, &memory, at, 16 << 10).await.unwrap();
-            assert!(got == made.disk[at as usize..][..16 << 10]);
+fn many_readers_of_a_grain_at_once_inflate_it_once() {
+    let made = Rc::new(make(Recipe { grain: 128, sectors: 16 * 128, ..RECIPE }));
+    for cache_bytes in [0, 64 << 10, 8 << 20] {
+        let memory = Rc::new(memory(&made.file));
+        let disk = Rc::new(open_with(&memory, &OpenOptions { cache_bytes, ..READ_ONLY }).unwrap());
+        let before = memory.calls();
+        run_all((0..200u64).map(|n| {
+            let (made, memory, disk) = (Rc::clone(&made), Rc::clone(&memory), Rc::clone(&disk));
+            async move {
+                let at = 2 * 65536 + n % 70 * 4096;
+                let len = if n % 3 == 0 { 100_000 } else { 4096 };
+                let got = read(&disk, &memory, at, len).await.unwrap();
+                assert!(got == made.disk[at as usize..][..len as usize]);
+            }
+        }));
+        if cache_bytes == 8 << 20 {
+            // A page of the directory, a table, and grains 3 and 4.
+            assert_eq!(memory.calls() - before, 4);
         }
-    }));
+    }
+}
+
+#[test]
+fn a_reader_that_is_dropped_leaves_the_grain_to_the_next() {
+    let made = make(RECIPE);
+    let memory = memory(&made.file);
+    let disk = open_with(&memory, &READ_ONLY).unwrap();
+    for _ in 0..20 {
+        // Polled a few times only.
+        let mut reading = Box::pin(read(&disk, &memory, 3 * 4096, 4096));
+        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        for _ in 0..3 {
+            if reading.as_mut().poll(&mut cx).is_ready() {
+                break;
+            }
+        }
+        drop(reading);
+    }
+    assert!(run(read(&disk, &memory, 3 * 4096, 4096)).unwrap() == made.disk[3 * 4096..4 * 4096]);
 }
 
 #[test]
@@ -379,7 +406,10 @@ fn a_footer_too_far_from_the_end_is_replaced_by_a_walk() {
     let mut file = made.file.clone();
     file.resize(file.len() + (2 << 20), 0);
     let notices = assert_reads(&made, &file);
-    assert!(notices[0].contains(&format!("{} grains were found", made.records.len())), "{notices:?}");
+    assert!(
+        notices[0].contains(&format!("found by walking over the records instead: {}", made.records.len())),
+        "{notices:?}"
+    );
     assert!(!notices[0].contains("breaks off"), "{notices:?}");
 }
 
@@ -421,7 +451,7 @@ fn without_a_usable_directory_the_records_are_walked_over() {
             file[at..at + 512].copy_from_slice(&footer);
             let notices = assert_reads(&made, &file);
             assert_eq!(notices.len(), 1);
-            for part in [NAME, &format!("{} grains were found", made.records.len())] {
+            for part in [NAME, &format!("found by walking over the records instead: {}", made.records.len())] {
                 assert!(notices[0].contains(part), "{notices:?}");
             }
         }
@@ -487,7 +517,7 @@ fn the_last_record_of_a_file_need_not_be_padded() {
     let at = made.records.last().unwrap().1;
     let record = GrainRecord::decode(&made.file[at..]).unwrap();
     made.file.truncate(at + 12 + record.len as usize);
-    assert!(made.file.len() % 512 != 0);
+    assert!(!made.file.len().is_multiple_of(512));
     assert_reads(&made, &made.file);
 }
 
@@ -658,7 +688,7 @@ fn a_walk_ends_whatever_the_markers_say() {
         file.extend_from_slice(&tail);
         let memory = memory(&file);
         let disk = open_with(&memory, &READ_ONLY).unwrap();
-        assert!(disk.info().notices[0].contains(": 1 grains were found"), "{:?}", disk.info().notices);
+        assert!(disk.info().notices[0].contains("instead: 1"), "{:?}", disk.info().notices);
         assert!(disk.info().notices[0].contains("breaks off"), "{:?}", disk.info().notices);
         assert!(
             at < end
@@ -819,7 +849,7 @@ fn the_streams_that_vmware_wrote_read_the_same_by_their_tables_and_by_a_walk() {
             walked.truncate(end);
         }
         let (disk, memory) = open(walked);
-        assert!(disk.info().notices[0].contains(&format!("{grains} grains were found")), "{:?}", disk.info().notices);
+        assert!(disk.info().notices[0].contains(&format!("instead: {grains}")), "{:?}", disk.info().notices);
         assert!(data_of(&disk, &memory) == data, "{name}");
     }
 }
