@@ -1,8 +1,8 @@
 //! The grain cache: grains that are read in small pieces again and again.
 //!
 //! Write-through, so that it never holds what the file does not. A grain comes in at its second read within a while: data
-//! that is read once costs no more than the read. A compressed grain comes in at its first. A change takes the grain out after its I/O and before its reply; a
-//! fill that was under way meanwhile notices and is thrown away.
+//! that is read once costs no more than the read. A compressed one comes in at its first read. A change takes the grain out
+//! after its I/O and before its reply; a fill that was under way meanwhile notices and is thrown away.
 
 use crate::file_io::FileId;
 use crate::wait::locked;
@@ -15,7 +15,7 @@ const SHARDS: usize = 16;
 /// Larger grains are not cached: a small read would become a thousand times as large.
 pub(crate) const MAX_GRAIN: u64 = 1 << 20;
 
-/// A grain by its file and byte offset in it.
+/// A grain by its file and byte offset in it; a compressed grain by its byte offset in the extent.
 pub(crate) type GrainKey = (FileId, u64);
 
 /// An LRU cache of grains, shared by all queues.

@@ -85,9 +85,10 @@ impl Disk {
                 io.copy_in(buf, size(pack.start), part);
             }
         };
-        // At the first read already, and by one of those who want it: a grain of which small parts are read one after the other,
-        // or together, is inflated once.
-        let key = (pack.file, pack.record.at);
+        // At the first read already, and by one of those who want it: a grain of which small parts are read one after the
+        // other, or together, is inflated once. The key is the grain and not its record: two entries may name one record,
+        // which is that of one of them only.
+        let key = (pack.file, pack.record.lba.0 * SECTOR_SIZE);
         let claim = loop {
             if let Some(bytes) = self.cache.hit(key) {
                 copy(&bytes);

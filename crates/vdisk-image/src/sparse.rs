@@ -52,7 +52,8 @@ pub(crate) struct Sparse {
 }
 
 impl Sparse {
-    /// An extent of `sectors` whose header was decoded (with `stream` if it is compressed), in a file of `file_len` bytes. Its tables may take `table_memory` bytes.
+    /// An extent of `sectors` whose header was decoded (with `stream` if it is compressed), in a file of `file_len` bytes. Its
+    /// tables may take `table_memory` bytes.
     ///
     /// # Errors
     ///

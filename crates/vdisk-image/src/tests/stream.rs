@@ -549,6 +549,62 @@ fn a_record_of_another_grain_is_refused() {
 }
 
 #[test]
+fn an_entry_that_names_the_record_of_another_grain_fails_whatever_was_read_before() {
+    let made = make(QEMU);
+    let ((first, at), (second, _)) = (made.records[0], made.records[1]);
+    let GdOffset::At(gd) = made.header.gd_offset else { panic!() };
+    let mut file = made.file.clone();
+    let gt = u32::from_le_bytes(file[gd.0 as usize * 512..][..4].try_into().unwrap()) as usize * 512;
+    file[gt + second as usize * 4..][..4].copy_from_slice(&((at / 512) as u32).to_le_bytes());
+    let memory = memory(&file);
+    let disk = open_with(&memory, &READ_ONLY).unwrap();
+    for _ in 0..3 {
+        assert!(run(read(&disk, &memory, first * 4096, 4096)).unwrap() == made.disk[first as usize * 4096..][..4096]);
+        assert_eq!(run(read(&disk, &memory, second * 4096, 4096)).unwrap_err().kind(), ErrorKind::Corrupt);
+    }
+}
+
+#[test]
+fn every_damaged_byte_of_a_header_or_footer_is_refused_or_reads_without_panic() {
+    for (recipe, footer) in [(QEMU, false), (RECIPE, false), (RECIPE, true)] {
+        let made = make(recipe);
+        let start = if footer { made.file.len() - 1024 } else { 0 };
+        for at in 0..80 {
+            for value in [0, 1, 0x7f, 0xff] {
+                let mut file = made.file.clone();
+                file[start + at] = value;
+                let memory = memory(&file);
+                let Ok(disk) = open_with(&memory, &READ_ONLY) else { continue };
+                for offset in [0, 3 * 4096, disk.geometry().size / 2, disk.geometry().size.saturating_sub(4096)] {
+                    let _ = run(read(&disk, &memory, offset, 4096));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn damage_anywhere_is_no_panic() {
+    let made = make(Recipe { progress: true, ..RECIPE });
+    for seed in 0..300 {
+        let random = Random::new(seed);
+        let mut file = made.file.clone();
+        for _ in 0..=random.below(20) {
+            // Mostly the first bytes of a sector, where the markers are.
+            let at = random.below(file.len() as u64 / 512) * 512 + random.below(if seed % 2 == 0 { 24 } else { 512 });
+            file[at as usize] = random.below(256) as u8;
+        }
+        file.truncate(file.len() - random.below(4096) as usize);
+        let memory = memory(&file);
+        let Ok(disk) = open_with(&memory, &READ_ONLY) else { continue };
+        for at in (0..disk.geometry().size.min(made.disk.len() as u64)).step_by(1 << 20) {
+            let len = (1 << 20).min(disk.geometry().size - at);
+            let _ = run(read(&disk, &memory, at, len));
+        }
+    }
+}
+
+#[test]
 fn a_record_that_lies_about_its_size_is_refused() {
     let max = max_compressed_len(Sectors(8)).unwrap();
     for size in [0, 1, 100, max + 1, u32::MAX] {
