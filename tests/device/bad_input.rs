@@ -35,7 +35,7 @@ fn every_bad_input_gets_one_line_and_leaves_nothing() {
         ("cut3000.vmdk", ""),
         ("missing.vmdk", "No such file"),
         ("dangling.vmdk", "No such file"),
-        ("stream.vmdk", "streamOptimized"),
+        ("stream.vmdk", "--read-only"),
         ("child.vmdk", "parent.vmdk"),
     ] {
         let said = refused(&lab, file, file);

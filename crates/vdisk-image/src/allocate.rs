@@ -86,6 +86,7 @@ impl Sparse {
             crate::image::Mapping::NeedMeta(meta) => return Ok(Plan::Need(meta)),
             crate::image::Mapping::Data { offset, len, .. } => return Ok(Plan::Write { offset, len, ticket: None }),
             crate::image::Mapping::Zero { .. } | crate::image::Mapping::Parent { .. } => {}
+            crate::image::Mapping::Compressed { record, .. } => return Err(self.compressed(record.at)),
         }
         let table = match self.table(index, Arc::clone) {
             Lookup::Table(t) => t,

@@ -1,8 +1,8 @@
 //! The grain cache: grains that are read in small pieces again and again.
 //!
 //! Write-through, so that it never holds what the file does not. A grain comes in at its second read within a while: data
-//! that is read once costs no more than the read. A change takes the grain out after its I/O and before its reply; a
-//! fill that was under way meanwhile notices and is thrown away.
+//! that is read once costs no more than the read. A compressed one comes in at its first read. A change takes the grain out
+//! after its I/O and before its reply; a fill that was under way meanwhile notices and is thrown away.
 
 use crate::file_io::FileId;
 use crate::wait::locked;
@@ -18,7 +18,7 @@ pub(crate) const MAX_GRAIN: u64 = 1 << 20;
 /// Grains that a shard remembers to have been read once, at most.
 const MAX_SEEN: usize = 1 << 14;
 
-/// A grain by its file and byte offset in it.
+/// A grain by its file and byte offset in it; a compressed grain by its byte offset in the extent.
 pub(crate) type GrainKey = (FileId, u64);
 
 /// An LRU cache of grains, shared by all queues.
@@ -91,6 +91,28 @@ impl GrainCache {
 
     /// Looks a grain of `len` bytes up for a read of part of it.
     pub(crate) fn look_up(&self, key: GrainKey, len: usize) -> Cached {
+        self.look(key, len, false)
+    }
+
+    /// The same for a grain that is dear to read, such as a compressed one: it comes in at its first read.
+    pub(crate) fn look_up_eagerly(&self, key: GrainKey, len: usize) -> Cached {
+        self.look(key, len, true)
+    }
+
+    /// A grain's bytes, if they are here.
+    pub(crate) fn hit(&self, key: GrainKey) -> Option<Arc<[u8]>> {
+        match locked(self.shard(key)?).grains.get(&key) {
+            Some(Slot::Filled(bytes)) => Some(Arc::clone(bytes)),
+            Some(Slot::Filling(..)) | None => None,
+        }
+    }
+
+    /// Whether the budget is large enough for any grain.
+    pub(crate) fn keeps_grains(&self) -> bool {
+        !self.shards.is_empty()
+    }
+
+    fn look(&self, key: GrainKey, len: usize, eager: bool) -> Cached {
         let Some(shard) = self.shard(key) else { return Cached::Miss };
         let mut shard = locked(shard);
         match shard.grains.get(&key) {
@@ -98,7 +120,7 @@ impl GrainCache {
             Some(Slot::Filling(..)) => return Cached::Miss,
             None => {}
         }
-        if shard.seen.pop(&key).is_none() {
+        if !eager && shard.seen.pop(&key).is_none() {
             shard.seen.put(key, ());
             return Cached::Miss;
         }

@@ -6,6 +6,7 @@ use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo};
 use crate::flush::{self, FlushPlan, Rounds, Step};
 use crate::image::Chain;
+use crate::inflate::Inflating;
 use crate::info::Info;
 use crate::request::{Geometry, Op, Request};
 use crate::sparse::{MetaRef, Sparse};
@@ -27,6 +28,7 @@ pub struct Disk {
     pub(crate) zeroout_unmaps: bool,
     pub(crate) rounds: Rounds,
     pub(crate) loading: Mutex<HashMap<(FileId, MetaRef), WaitList>>,
+    pub(crate) inflating: Inflating,
 }
 
 /// What the disk remembers of a file of the image.

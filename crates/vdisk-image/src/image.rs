@@ -2,6 +2,7 @@
 
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::FileId;
+use crate::inflate::Record;
 use crate::sparse::{MetaRef, Sparse};
 use vmdk_parse::Access;
 
@@ -10,6 +11,8 @@ use vmdk_parse::Access;
 pub(crate) enum Mapping {
     /// In a file.
     Data { file: FileId, offset: u64, len: u64, grain: Option<Grain> },
+    /// In a file, inside a compressed grain: `skip` bytes into it.
+    Compressed { file: FileId, record: Record, skip: u64, len: u64 },
     /// Nowhere: it reads as zeroes.
     Zero { len: u64 },
     /// Not in this link of the chain: the parent has it, and without a parent it reads as zeroes.

@@ -3,7 +3,8 @@
 //! A format maps (says where data is) and never does I/O itself; [`Disk::serve`] is the one place that turns a checked
 //! [`Request`] into I/O through the [`FileIo`] it is given. The crate knows no runtime, no transport and no clock.
 //!
-//! Lock order: an extent's lock, a shard of the grain cache, the list of loads, the flush rounds and the first change
+//! Lock order: an extent's lock, a shard of the grain cache, the lists of loads and of grains that are inflated, the flush
+//! rounds and the first change
 //! have one mutex each; none is held while another is taken, and none across an await.
 
 #![forbid(unsafe_code)]
@@ -17,6 +18,7 @@ mod error;
 mod file_io;
 mod flush;
 mod image;
+mod inflate;
 mod info;
 #[cfg(any(test, feature = "memory"))]
 pub mod memory;
@@ -27,6 +29,7 @@ mod request;
 mod scan;
 mod span;
 mod sparse;
+mod stream;
 mod table;
 mod wait;
 mod write;

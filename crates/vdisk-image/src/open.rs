@@ -11,6 +11,7 @@ use crate::info::{ExtentInfo, Format, Info};
 use crate::probe::{self, Kind};
 use crate::request::Geometry;
 use crate::sparse::Sparse;
+use crate::stream;
 use std::ops::Range;
 use vmdk_parse::{Access, ContentId, Descriptor, ExtentKind, ExtentLine, SECTOR_SIZE, SparseHeader, content_id_places};
 
@@ -144,6 +145,7 @@ impl Link {
             zeroout_unmaps: options.zeroout_unmaps,
             rounds: Default::default(),
             loading: Default::default(),
+            inflating: Default::default(),
             info: self.info,
         }
     }
@@ -244,7 +246,7 @@ impl<'a, F: Files> Opening<'a, F> {
         };
         // The file name means this file, whatever it says, and RDONLY only that a stream was exported.
         let line = ExtentLine { access: Access::Rw, ..line.clone() };
-        self.sparse(&line, file, header)
+        self.sparse(&line, file, header).await
     }
 
     /// An image whose descriptor names its extents.
@@ -282,7 +284,7 @@ impl<'a, F: Files> Opening<'a, F> {
         self.note(file);
         if line.kind == ExtentKind::Sparse {
             let header = self.header(file).await?;
-            return self.sparse(line, file, header);
+            return self.sparse(line, file, header).await;
         }
         let len = self.len(file)?;
         let end = line.offset.checked_add(line.sectors).and_then(vmdk_parse::Sectors::bytes);
@@ -299,7 +301,7 @@ impl<'a, F: Files> Opening<'a, F> {
         self.push(line, Layout::Flat { file, offset }, Some(file))
     }
 
-    fn sparse(&mut self, line: &ExtentLine, file: FileId, header: SparseHeader) -> Result<(), DiskError> {
+    async fn sparse(&mut self, line: &ExtentLine, file: FileId, mut header: SparseHeader) -> Result<(), DiskError> {
         let name = self.name(file);
         let read_only = self.read_only || line.access != Access::Rw;
         if header.capacity < line.sectors {
@@ -308,12 +310,14 @@ impl<'a, F: Files> Opening<'a, F> {
                 format!("{name}: the header says {}, but the descriptor {}", header.capacity, line.sectors),
             ));
         }
+        let stream = stream::open(self.files, file, &mut header, read_only, &mut self.link.info.notices).await?;
         if header.unclean_shutdown {
             self.link.info.clean = false;
         }
         let grain = header.grain_bytes();
         self.link.info.grain_size = Some(self.link.info.grain_size.map_or(grain, |g| g.max(grain)));
-        let sparse = Sparse::new(file, name, header, line.sectors, self.len(file)?, read_only, self.table_memory)?;
+        let len = self.len(file)?;
+        let sparse = Sparse::new(file, name, (header, stream), line.sectors, len, read_only, self.table_memory)?;
         if !read_only {
             self.link.sparse_files.push(file);
         }

@@ -5,8 +5,9 @@ use crate::disk::{Disk, size};
 use crate::error::DiskError;
 use crate::file_io::{FileId, FileIo};
 use crate::image::{Grain, Layout, Mapping, Place};
+use crate::inflate::{Packed, Packs};
 use crate::sparse::MetaRef;
-use futures_util::future::join_all;
+use futures_util::future::{join, join_all};
 use smallvec::SmallVec;
 use std::ops::Range;
 use std::sync::Arc;
@@ -74,6 +75,7 @@ impl Disk {
         find: impl Fn(u64, u64) -> Result<(Option<Place<'a>>, Mapping), DiskError>,
     ) -> Result<bool, DiskError> {
         let mut runs = Runs::new();
+        let mut packs = Packs::new();
         let mut done = 0;
         while done < len {
             let (place, mapping) = find(offset + done, len - done)?;
@@ -87,21 +89,33 @@ impl Disk {
                     io.fill_zero(buf, size(done)..size(done + len));
                     done += len;
                 }
+                Mapping::Compressed { file, record, skip, len } => {
+                    packs.push(Packed { file, record, skip, len, start: done });
+                    done += len;
+                }
                 Mapping::Data { file, offset: at, len, grain } => {
                     push(&mut runs, Run { file, at, start: done, len, grain });
                     done += len;
                 }
             }
         }
-        match *runs {
-            [] => return Ok(false),
-            [ref run] => self.read_run(io, run, buf).await?,
-            _ => join_all(runs.iter().map(|run| self.read_run(io, run, buf)))
-                .await
-                .into_iter()
-                .collect::<Result<_, _>>()?,
+        if packs.is_empty() {
+            self.read_runs(io, &runs, buf).await?;
+        } else {
+            // Boxed, so that the usual request is no larger for it.
+            let (packed, plain) =
+                join(Box::pin(self.read_packed(io, &packs, buf)), Box::pin(self.read_runs(io, &runs, buf))).await;
+            packed.and(plain)?;
         }
-        Ok(true)
+        Ok(!packs.is_empty() || !runs.is_empty())
+    }
+
+    async fn read_runs<I: FileIo>(&self, io: &I, runs: &Runs, buf: &I::Buf) -> Result<(), DiskError> {
+        match **runs {
+            [] => Ok(()),
+            [ref run] => self.read_run(io, run, buf).await,
+            _ => join_all(runs.iter().map(|run| self.read_run(io, run, buf))).await.into_iter().collect(),
+        }
     }
 
     /// Loads metadata of the extent that `place` is in.

@@ -41,6 +41,7 @@ impl Disk {
                     continue;
                 }
                 Mapping::Zero { len } | Mapping::Parent { len } => (true, len),
+                Mapping::Compressed { len, .. } => (false, len),
                 Mapping::Data { file, offset, len, .. } => {
                     let stored = self.stored(io, file, offset, &mut told).await?;
                     (stored.hole, len.min(stored.len))

@@ -6,11 +6,12 @@ use crate::allocate::State;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::FileId;
 use crate::image::{Grain, Mapping};
+use crate::stream::Stream;
 use crate::table::{PAGE_ENTRIES, Page, Table, TableCopy};
 use crate::wait::locked;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
-use vmdk_parse::{GrainEntry, SECTOR_SIZE, Sectors, SparseHeader, decode_entries};
+use vmdk_parse::{GdOffset, GrainEntry, SECTOR_SIZE, Sectors, SparseHeader, decode_entries};
 
 /// A piece of metadata of a sparse extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -27,6 +28,8 @@ pub(crate) struct Sparse {
     pub(crate) file: FileId,
     pub(crate) name: String,
     pub(crate) header: SparseHeader,
+    /// What there is more of a compressed extent.
+    stream: Option<Stream>,
     /// Bytes in a grain.
     pub(crate) grain: u64,
     /// Entries in a grain table.
@@ -49,16 +52,17 @@ pub(crate) struct Sparse {
 }
 
 impl Sparse {
-    /// An extent of `sectors` whose header was decoded, in a file of `file_len` bytes. Its tables may take `table_memory` bytes.
+    /// An extent of `sectors` whose header was decoded (with `stream` if it is compressed), in a file of `file_len` bytes. Its
+    /// tables may take `table_memory` bytes.
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Corrupt`] if the directory does not lie in the file, [`ErrorKind::Unsupported`] for compressed
-    /// extents and, unless `read_only`, for what cannot be written without breaking it.
+    /// [`ErrorKind::Corrupt`] if the directory does not lie in the file, [`ErrorKind::Unsupported`] unless
+    /// `read_only` for what cannot be written without breaking it.
     pub(crate) fn new(
         file: FileId,
         name: String,
-        header: SparseHeader,
+        (header, stream): (SparseHeader, Option<Stream>),
         sectors: Sectors,
         file_len: u64,
         read_only: bool,
@@ -66,20 +70,12 @@ impl Sparse {
     ) -> Result<Self, DiskError> {
         let corrupt = |what: String| DiskError::new(ErrorKind::Corrupt, format!("{name}: {what}"));
         let unsupported = |what: &str| DiskError::new(ErrorKind::Unsupported, format!("{name}: {what}"));
-        if header.flags.compressed() || header.flags.markers() {
-            return Err(unsupported(
-                "a compressed (streamOptimized) image cannot be attached yet: convert it with qemu-img convert -O vmdk",
-            ));
-        }
         if !read_only && header.version > 2 {
             return Err(unsupported("version 3 (change tracking) is opened read-only: use --read-only"));
         }
         if !read_only && header.gtes_per_gt != 512 {
             return Err(unsupported("grain tables of other than 512 entries are opened read-only: use --read-only"));
         }
-        let vmdk_parse::GdOffset::At(gd) = header.gd_offset else {
-            return Err(unsupported("the grain directory is at the end of the file (a stream): not supported yet"));
-        };
         if header.overhead.bytes().is_none_or(|end| end > file_len) {
             return Err(corrupt(format!(
                 "the metadata ends at sector {}, past the end of the file of {file_len} bytes",
@@ -87,13 +83,21 @@ impl Sparse {
             )));
         }
         // What the header has beyond the extent's own sectors cannot be reached.
-        let tables = header.directory_len().min(sectors.0.div_ceil(header.table_coverage().0));
+        let indexed = stream.as_ref().is_some_and(|s| s.index.is_some());
+        let tables =
+            if indexed { 0 } else { header.directory_len().min(sectors.0.div_ceil(header.table_coverage().0)) };
         let inside = |at: Sectors, what: &str| {
             at.bytes().filter(|b| *b > 0 && b.checked_add(tables * 4).is_some_and(|end| end <= file_len)).ok_or_else(
                 || corrupt(format!("{what} at sector {} does not lie in the file of {file_len} bytes", at.0)),
             )
         };
-        let gd_at = inside(gd, "the grain directory")?;
+        let gd_at = match header.gd_offset {
+            _ if indexed => 0,
+            GdOffset::At(gd) => inside(gd, "the grain directory")?,
+            GdOffset::AtEnd => {
+                return Err(unsupported("the grain directory is at the end of a file that is not a stream"));
+            }
+        };
         let rgd_at = match header.redundant() {
             Some(at) if !read_only => {
                 let at = inside(at, "the redundant grain directory")?;
@@ -116,6 +120,7 @@ impl Sparse {
             state: Mutex::new(State::default()),
             name,
             header,
+            stream,
             opened_len: file_len,
             first_free: AtomicU64::new(u64::MAX),
             table_memory,
@@ -143,12 +148,18 @@ impl Sparse {
     pub(crate) fn map(&self, offset: u64, len: u64) -> Result<Mapping, DiskError> {
         let (table, entry, skip) = self.split(offset);
         let len = len.min(self.grain - skip);
-        let value = match self.table(table, |t| t.entry(entry).unwrap_or(0)) {
-            Lookup::Table(value) => value,
-            Lookup::Absent => 0,
-            Lookup::Need(meta) => return Ok(Mapping::NeedMeta(meta)),
+        let found = match self.stream.as_ref().and_then(|s| s.index.as_ref()) {
+            Some(index) => index.entry(offset / self.grain),
+            None => {
+                let value = match self.table(table, |t| t.entry(entry).unwrap_or(0)) {
+                    Lookup::Table(value) => value,
+                    Lookup::Absent => 0,
+                    Lookup::Need(meta) => return Ok(Mapping::NeedMeta(meta)),
+                };
+                GrainEntry::decode(value, self.header.flags.zeroed_grain())
+            }
         };
-        let sector = match GrainEntry::decode(value, self.header.flags.zeroed_grain()) {
+        let sector = match found {
             GrainEntry::Absent => return Ok(Mapping::Parent { len }),
             GrainEntry::Zeroed => return Ok(Mapping::Zero { len }),
             GrainEntry::At(sector) => sector,
@@ -162,6 +173,9 @@ impl Sparse {
                 format!("{}: entry {entry} of grain table {table} points to sector {}, {what}", self.name, sector.0),
             ));
         }
+        if let Some(stream) = &self.stream {
+            return Ok(stream.mapping(self.file, self.opened_len, start, offset / self.grain, skip, len));
+        }
         // Some writers leave the last grain of the file unfinished: what is missing was never written, so it is zero.
         let there = self.file_len.load(Ordering::Acquire).saturating_sub(start);
         if skip >= there {
@@ -169,6 +183,12 @@ impl Sparse {
         }
         let grain = Grain { start, len: self.grain };
         Ok(Mapping::Data { file: self.file, offset: start + skip, len: len.min(there - skip), grain: Some(grain) })
+    }
+
+    /// Opening for writing refuses compressed extents, so nobody sees this.
+    pub(crate) fn compressed(&self, at: u64) -> DiskError {
+        let what = format!("{}: the grain at byte {at} is compressed and cannot change", self.name);
+        DiskError::new(ErrorKind::ReadOnly, what)
     }
 
     /// Looks at a table, if it is in memory or known not to exist.

@@ -9,3 +9,4 @@ mod fixtures;
 mod hostile;
 mod model;
 mod opening;
+mod stream;

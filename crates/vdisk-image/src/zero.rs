@@ -6,7 +6,7 @@
 
 use crate::cache::GrainKey;
 use crate::disk::{Disk, size};
-use crate::error::DiskError;
+use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo};
 use crate::image::Mapping;
 use crate::read::{Run, Runs, push};
@@ -69,6 +69,11 @@ impl Disk {
                         (_, Mapping::Zero { len }) => done += len,
                         _ => done += self.hide_parent(io, offset + done, enough - done).await?,
                     },
+                    Mapping::Compressed { file, record, .. } => {
+                        // Opening for writing refuses compressed extents, so nobody sees this.
+                        let what = format!("{}: the grain at byte {} is compressed", self.name(file), record.at);
+                        return Err(DiskError::new(ErrorKind::ReadOnly, what));
+                    }
                     Mapping::Data { file, offset: at, len, grain } => {
                         push(&mut runs, Run { file, at, start: done, len, grain });
                         stale.extend(grain.map(|g| (file, g.start)));

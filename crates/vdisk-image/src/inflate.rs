@@ -1,0 +1,297 @@
+//! From the record of a compressed grain to its bytes.
+//!
+//! Whatever a record or the header says, memory is bounded: input and output go through small windows, and a grain is
+//! gathered as a whole only where it is small enough for the cache.
+
+use crate::cache::{Cached, GrainKey, MAX_GRAIN};
+use crate::disk::{Disk, size};
+use crate::error::{DiskError, ErrorKind};
+use crate::file_io::{FileId, FileIo};
+use crate::wait::{WaitList, locked, until, wake};
+use flate2::{Decompress, FlushDecompress, Status};
+use futures_util::future::join_all;
+use smallvec::SmallVec;
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
+use std::sync::{Arc, Mutex};
+use vmdk_parse::{GrainRecord, SECTOR_SIZE, Sectors, TableGeometry};
+
+/// Bytes of a record that are read at once: a record of a usual grain takes one read even where it could not be compressed.
+const PIECE: u64 = 128 << 10;
+
+/// Bytes that are inflated at once.
+const WINDOW: u64 = 64 << 10;
+
+/// Grains of a request that are inflated together: each takes memory.
+const AT_ONCE: usize = 8;
+
+/// A compressed grain: where it is, and what it has to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Record {
+    /// Byte offset in the file.
+    pub(crate) at: u64,
+    /// Bytes in the file, which the record does not exceed.
+    pub(crate) file_len: u64,
+    /// First sector of the grain, in the extent.
+    pub(crate) lba: Sectors,
+    /// Of the extent.
+    pub(crate) geometry: TableGeometry,
+}
+
+/// A piece of a request that is a part of a compressed grain.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Packed {
+    pub(crate) file: FileId,
+    pub(crate) record: Record,
+    /// Byte offset in the grain.
+    pub(crate) skip: u64,
+    pub(crate) len: u64,
+    /// Byte offset in the request's buffer.
+    pub(crate) start: u64,
+}
+
+/// The compressed pieces of a request.
+pub(crate) type Packs = SmallVec<[Packed; 1]>;
+
+impl Record {
+    /// Bytes of the grain when inflated.
+    pub(crate) fn grain_len(&self) -> u64 {
+        self.geometry.grain_size().0 * SECTOR_SIZE
+    }
+
+    /// The last grain of an extent may be stored short.
+    fn may_be_short(&self) -> bool {
+        self.geometry.capacity().0.saturating_sub(self.lba.0) <= self.geometry.grain_size().0
+    }
+}
+
+impl Disk {
+    /// Reads pieces of compressed grains into the request's buffer.
+    pub(crate) async fn read_packed<I: FileIo>(&self, io: &I, packs: &[Packed], buf: &I::Buf) -> Result<(), DiskError> {
+        for some in packs.chunks(AT_ONCE) {
+            let results = join_all(some.iter().map(|pack| self.read_pack(io, pack, buf))).await;
+            results.into_iter().collect::<Result<(), _>>()?;
+        }
+        Ok(())
+    }
+
+    async fn read_pack<I: FileIo>(&self, io: &I, pack: &Packed, buf: &I::Buf) -> Result<(), DiskError> {
+        let grain = pack.record.grain_len();
+        if grain > MAX_GRAIN {
+            return self.read_large(io, pack, buf).await;
+        }
+        let copy = |bytes: &[u8]| {
+            if let Some(part) = bytes.get(size(pack.skip)..size(pack.skip + pack.len)) {
+                io.copy_in(buf, size(pack.start), part);
+            }
+        };
+        // At the first read already, and by one of those who want it: a grain of which small parts are read one after the
+        // other, or together, is inflated once. The key is the grain and not its record: two entries may name one record,
+        // which is that of one of them only.
+        let key = (pack.file, pack.record.lba.0 * SECTOR_SIZE);
+        let claim = loop {
+            if let Some(bytes) = self.cache.hit(key) {
+                copy(&bytes);
+                return Ok(());
+            }
+            if !self.cache.keeps_grains() {
+                break None;
+            }
+            match Claim::new(&self.inflating, key) {
+                Some(claim) => break Some(claim),
+                None => self.wait_for_inflated(key).await,
+            }
+        };
+        let fill = match self.cache.look_up_eagerly(key, size(grain)) {
+            Cached::Hit(bytes) => {
+                copy(&bytes);
+                return Ok(());
+            }
+            Cached::Fill(fill) => Some(fill),
+            Cached::Miss => None,
+        };
+        let mut bytes = Vec::new();
+        let result = self.inflate(io, pack.file, &pack.record, grain, |_, more| bytes.extend_from_slice(more)).await;
+        if result.is_ok() {
+            bytes.resize(size(grain), 0);
+            copy(&bytes);
+        }
+        if let Some(fill) = fill {
+            self.cache.fill(&fill, result.is_ok().then(|| Arc::from(bytes)));
+        }
+        // Not before the cache has it.
+        drop(claim);
+        result
+    }
+
+    async fn wait_for_inflated(&self, key: GrainKey) {
+        until(&self.inflating, |i| match i.get_mut(&key) {
+            Some(list) => Err(list),
+            None => Ok(()),
+        })
+        .await;
+    }
+
+    /// Reads from a grain that is too large to be kept. What comes behind the wanted part is not looked at.
+    async fn read_large<I: FileIo>(&self, io: &I, pack: &Packed, buf: &I::Buf) -> Result<(), DiskError> {
+        let end = pack.skip + pack.len;
+        io.fill_zero(buf, size(pack.start)..size(pack.start + pack.len));
+        self.inflate(io, pack.file, &pack.record, end, |at, bytes| {
+            // The overlap of what is here, from `at` on, with what is wanted.
+            let from = pack.skip.max(at);
+            let to = end.min(at + bytes.len() as u64);
+            if from < to
+                && let Some(part) = bytes.get(size(from - at)..size(to - at))
+            {
+                io.copy_in(buf, size(pack.start + from - pack.skip), part);
+            }
+        })
+        .await
+    }
+
+    /// Inflates a grain until it ends, or until more than `enough` bytes of it are known. `take` gets the bytes in order
+    /// with their offset in the grain; what it does not get of a good grain is zeroes.
+    async fn inflate<I: FileIo>(
+        &self,
+        io: &I,
+        file: FileId,
+        record: &Record,
+        enough: u64,
+        mut take: impl FnMut(u64, &[u8]),
+    ) -> Result<(), DiskError> {
+        let corrupt = |what: String| {
+            DiskError::new(
+                ErrorKind::Corrupt,
+                format!("{}: the grain of sector {}, at byte {}: {what}", self.name(file), record.lba.0, record.at),
+            )
+        };
+        let grain = record.grain_len();
+        let head_len = GrainRecord::HEAD_LEN as u64;
+        // What cannot be compressed grows a little.
+        let mut piece = (grain + SECTOR_SIZE).min(PIECE).min(record.file_len.saturating_sub(record.at));
+        let mut bytes = self.read_bytes(io, file, record.at, piece).await?;
+        let head = GrainRecord::decode(&bytes).and_then(|head| head.check(&record.geometry).map(|()| head));
+        let head = head.map_err(|e| corrupt("the head of its record".to_owned()).because(e))?;
+        if head.lba != record.lba {
+            return Err(corrupt(format!("the record says that it is the grain of sector {}", head.lba.0)));
+        }
+        let end = record.at + head_len + u64::from(head.len);
+        if end > record.file_len {
+            return Err(corrupt(format!(
+                "its {} compressed bytes end past the end of the file at {}",
+                head.len, record.file_len
+            )));
+        }
+        let mut inflater = Inflater::new(grain);
+        let mut at = record.at + head_len;
+        let mut input = bytes.get(GrainRecord::HEAD_LEN..).unwrap_or_default();
+        loop {
+            let here = size((end - at).min(input.len() as u64));
+            let ended = inflater.feed(input.get(..here).unwrap_or_default(), enough, &mut take);
+            let made = inflater.made();
+            match ended {
+                Ok(true) if made == grain || made >= enough || record.may_be_short() => return Ok(()),
+                Ok(true) => return Err(corrupt(format!("inflates to {made} bytes instead of {grain}"))),
+                Ok(false) => {}
+                Err(Wrong::TooLong) => return Err(corrupt(format!("inflates to more than the {grain} bytes it has"))),
+                Err(Wrong::Data(e)) => return Err(corrupt("cannot be inflated".to_owned()).because(e)),
+            }
+            at += here as u64;
+            piece = (end - at).min(PIECE);
+            if piece == 0 {
+                return Err(corrupt(format!("ends after {made} of {grain} bytes")));
+            }
+            bytes = self.read_bytes(io, file, at, piece).await?;
+            input = &bytes;
+        }
+    }
+
+    async fn read_bytes<I: FileIo>(&self, io: &I, file: FileId, at: u64, len: u64) -> Result<Vec<u8>, DiskError> {
+        let len = size(len);
+        let buf = io.alloc(len);
+        io.read_at(file, &buf, 0..len, at)
+            .await
+            .map_err(|e| DiskError::host(format!("read {len} bytes at {at} of {}", self.name(file)), e))?;
+        let mut bytes = vec![0; len];
+        io.copy_out(&buf, 0, &mut bytes);
+        Ok(bytes)
+    }
+}
+
+/// Grains that are being inflated for the cache, and who waits for them.
+pub(crate) type Inflating = Mutex<HashMap<GrainKey, WaitList>>;
+
+/// The duty to inflate a grain for all who want it. Who has it waits for nobody but the host.
+struct Claim<'a> {
+    inflating: &'a Inflating,
+    key: GrainKey,
+}
+
+impl<'a> Claim<'a> {
+    /// `None` if another task has it.
+    fn new(inflating: &'a Inflating, key: GrainKey) -> Option<Self> {
+        match locked(inflating).entry(key) {
+            Entry::Occupied(_) => None,
+            Entry::Vacant(v) => {
+                v.insert(WaitList::default());
+                Some(Self { inflating, key })
+            }
+        }
+    }
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let list = locked(self.inflating).remove(&self.key);
+        wake(list.map(|mut l| l.take()).unwrap_or_default());
+    }
+}
+
+/// Why a grain cannot be inflated.
+enum Wrong {
+    TooLong,
+    Data(flate2::DecompressError),
+}
+
+/// A zlib stream of at most `limit` bytes.
+struct Inflater {
+    stream: Decompress,
+    window: Vec<u8>,
+    limit: u64,
+}
+
+impl Inflater {
+    fn new(limit: u64) -> Self {
+        Self { stream: Decompress::new(true), window: vec![0; size(WINDOW.min(limit))], limit }
+    }
+
+    /// Bytes that came out.
+    fn made(&self) -> u64 {
+        self.stream.total_out()
+    }
+
+    /// Inflates more input. Whether the stream is at its end, or more than `enough` bytes are out.
+    fn feed(&mut self, mut input: &[u8], enough: u64, take: &mut impl FnMut(u64, &[u8])) -> Result<bool, Wrong> {
+        loop {
+            let (used_before, made_before) = (self.stream.total_in(), self.made());
+            // One byte of room behind the limit: whether the stream ends there is known by what comes out there.
+            let room = size((self.limit + 1 - made_before).min(self.window.len() as u64));
+            let window = self.window.get_mut(..room).unwrap_or_default();
+            let status = self.stream.decompress(input, window, FlushDecompress::None).map_err(Wrong::Data)?;
+            let used = size(self.stream.total_in() - used_before);
+            let made = size(self.stream.total_out() - made_before);
+            if self.made() > self.limit {
+                return Err(Wrong::TooLong);
+            }
+            take(made_before, self.window.get(..made).unwrap_or_default());
+            if status == Status::StreamEnd || (self.made() >= enough && enough < self.limit) {
+                return Ok(true);
+            }
+            input = input.get(used..).unwrap_or_default();
+            // Without input something may still come out; without either nothing will.
+            if made == 0 && (used == 0 || input.is_empty()) {
+                return Ok(false);
+            }
+        }
+    }
+}
