@@ -160,8 +160,89 @@ fn a_stream_that_vmware_wrote_reads_as_its_disk() {
 }
 
 #[test]
-#[ignore = "16 GiB through sha256sum: cargo test --release --test images -- --ignored"]
 fn a_stream_of_16_gib_that_vmware_wrote_reads_as_its_disk() {
     let sum = "0859bb3397bc1d30fa979c80a289ce98bfd6c1141a64594d6f3cc8cd68218faf";
     sample_reads_as("vmware-streamOptimized-v3.vmdk", sum);
+}
+
+/// 1,000 writes at random places, by us and by qemu-io, over five links of which every one has something.
+#[test]
+fn a_chain_of_five_agrees_with_qemu_in_both_directions() {
+    let dir = tempfile::tempdir().unwrap();
+    let ours = sh(
+        dir.path(),
+        r#"qemu-img create -q -f vmdk 0.vmdk 256M
+        for n in 0 1 2 3; do
+            for w in 1 2 3 4 5 6 7 8; do echo "write -P $((n * 8 + w)) $(((RANDOM * 32768 + RANDOM) % 268000000)) $((RANDOM + 1))"; done |
+                qemu-io $n.vmdk >/dev/null
+            qemu-img create -q -f vmdk -b $n.vmdk -F vmdk $((n + 1)).vmdk
+        done
+        sha256sum [0-3].vmdk >parents
+        for w in {1..1000}; do echo "write -P $((w % 255 + 1)) $(((RANDOM * 32768 + RANDOM) % 268300000)) $((RANDOM * 2 % 131072 + 1))"; done >writes
+        for w in {1..50}; do echo "write -z $(((RANDOM * 32768 + RANDOM) % 268300000)) $((RANDOM * 3 + 1))"; done >>writes
+        for n in 0 1 2 3 4; do cp $n.vmdk qemu-$n.vmdk; done
+        qemu-img convert -O raw 4.vmdk model
+        qemu-io -f raw model <writes >/dev/null
+        serving 4.vmdk sh -c 'qemu-io -f raw "$uri" <writes >/dev/null; nbdcopy "$uri" served'
+        cmp model served; rm served
+        qemu-img compare -f raw -F vmdk model 4.vmdk; qemu-img check 4.vmdk
+        sha256sum -c --quiet parents
+        # And on: qemu writes, we read.
+        for w in {1..300}; do echo "write -P $((w % 200 + 1)) $(((RANDOM * 32768 + RANDOM) % 268300000)) $((RANDOM + 1))"; done >more
+        qemu-io -f raw model <more >/dev/null; qemu-io 4.vmdk <more >/dev/null
+        options=-r; serving 4.vmdk nbdcopy 'nbd+unix:///?socket=sock' served; cmp model served
+        "$vdisk" info --json 4.vmdk"#,
+    );
+    assert!(ours.contains("3.vmdk") && ours.contains("0.vmdk"), "{ours}");
+}
+
+#[test]
+fn an_overlay_takes_the_changes_to_what_cannot_be_written_or_is_shared() {
+    let dir = tempfile::tempdir().unwrap();
+    sh(
+        dir.path(),
+        r#"qemu-img create -q -f vmdk golden.vmdk 64M; qemu-io -c 'write -P 5 1M 3M' golden.vmdk >/dev/null
+        qemu-img convert -O vmdk -o subformat=streamOptimized golden.vmdk stream.vmdk
+        qemu-img convert -O raw golden.vmdk raw.img; tar cf box.ova stream.vmdk
+        sha256sum golden.vmdk stream.vmdk raw.img box.ova >before; head -c 5000000 /dev/urandom >data
+        for image in golden.vmdk stream.vmdk raw.img box.ova box.ova:stream.vmdk; do
+            # Made, then used again; small writes inside grains.
+            rm -f over.vmdk; cp raw.img model
+            for seek in 37 90001; do
+                dd if=data of=model bs=512 seek=$seek conv=notrunc status=none
+                options="--overlay over.vmdk" serving $image sh -c \
+                    "nbdcopy \"\$uri\" is; dd if=data of=is bs=512 seek=$seek conv=notrunc status=none; nbdcopy is \"\$uri\""
+                options="--overlay over.vmdk" serving $image nbdcopy 'nbd+unix:///?socket=sock' is; cmp is model
+            done
+            options="--overlay temporary" serving $image nbdcopy data 'nbd+unix:///?socket=sock'
+            options=-r serving $image nbdcopy 'nbd+unix:///?socket=sock' is; cmp is raw.img
+        done
+        sha256sum -c --quiet before
+        # One that others share, each with an overlay of his own; qemu reads them too.
+        "$vdisk" serve --overlay one.vmdk golden.vmdk --socket one 2>/dev/null & one=$!
+        "$vdisk" serve --overlay two.vmdk golden.vmdk --socket two 2>/dev/null & two=$!
+        until [ -S one ] && [ -S two ]; do sleep 0.01; done
+        qemu-io -f raw -c 'write -P 1 0 1k' 'nbd+unix:///?socket=one' >/dev/null
+        qemu-io -f raw -c 'write -P 2 0 1k' 'nbd+unix:///?socket=two' >/dev/null
+        kill $one $two; wait $one; wait $two
+        qemu-io -r -c 'read -P 1 0 1k' -c 'read -P 5 1M 3M' one.vmdk | (! grep failed)
+        qemu-io -r -c 'read -P 2 0 1k' -c 'read -P 5 1M 3M' two.vmdk | (! grep failed)
+        sha256sum -c --quiet before"#,
+    );
+}
+
+#[test]
+fn an_overlay_that_does_not_fit_is_refused_and_none_is_left_behind() {
+    let dir = tempfile::tempdir().unwrap();
+    sh(
+        dir.path(),
+        r#"qemu-img create -q -f vmdk a.vmdk 1M; qemu-img create -q -f vmdk b.vmdk 1M; qemu-img create -q -f vmdk -b a.vmdk -F vmdk of-a.vmdk
+        refused() { if "$vdisk" serve "$@" --socket s 2>said; then return 1; fi; test $(wc -l <said) = 1; }
+        refused --overlay of-a.vmdk b.vmdk; grep -q CID said
+        refused --overlay b.vmdk a.vmdk; grep -q 'no parent' said
+        refused --overlay a.vmdk a.vmdk; grep -q 'itself' said
+        refused --overlay nowhere/o.vmdk a.vmdk; grep -q 'nowhere/o.vmdk' said
+        refused --overlay new.vmdk missing.vmdk; grep -q 'missing.vmdk' said; test ! -e new.vmdk
+        head -c 4096 /dev/urandom >noise.vmdk; refused --overlay new.vmdk noise.vmdk; test ! -e new.vmdk"#,
+    );
 }

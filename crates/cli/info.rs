@@ -7,6 +7,7 @@ use vdisk_image::{Format, Info, OpenOptions};
 use vdisk_io::OpenMode;
 
 use crate::failure::{Failure, Result};
+use crate::location::Location;
 use crate::open::Opened;
 use crate::options::FormatChoice;
 use crate::size;
@@ -67,7 +68,7 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
         ignore_parent_content_id: true,
         new_content_id: 0,
     };
-    let image = Opened::open_with(&args.image, mode, &options)?;
+    let image = Opened::open_with(&Location::of(&args.image), mode, &options)?;
     let allocated = image.files.host_space_used().map_err(|e| Failure::doing("host space used", &e))?;
     let info = image.disk.info();
     for notice in &info.notices {

@@ -5,11 +5,13 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vdisk_image::{Disk, DiskError, ErrorKind, FileIo, Flags, Geometry, Op, OpenOptions, Request};
+use vdisk_image::{Disk, DiskError, ErrorKind, FileId, FileIo, Flags, Geometry, Info, Op, OpenOptions, Request};
 use vdisk_io::{BlockingIo, FileSet, HostFiles, OpenMode, block_on};
 
 use crate::failure::{Failure, Result, chain};
+use crate::location::Location;
 use crate::options::{DirectIo, ImageOptions, Zeroout};
+use crate::overlay::{self, Overlay};
 
 /// An image that is open and locked.
 pub(crate) struct Opened {
@@ -34,7 +36,34 @@ impl Opened {
             ignore_parent_content_id: options.ignore_parent_cid,
             new_content_id: random(),
         };
-        let opened = Self::open_with(&options.image, mode, &disk_options)?;
+        let image = Location::of(&options.image);
+        let opened = match &options.overlay {
+            None => Self::open_with(&image, mode, &disk_options)?,
+            Some(Overlay::File(overlay)) => {
+                if let (Ok(one), Ok(other)) = (fs::canonicalize(overlay), image.real_path())
+                    && one == other
+                {
+                    return Err(OpenFailure::plain(Failure::new("is the overlay itself: name another file for it")));
+                }
+                let made = match overlay.exists() {
+                    true => None,
+                    false => {
+                        let info = Self::base_info(&image, mode, &disk_options)?;
+                        Some(overlay::make_file(overlay, &image, &info, random()).map_err(OpenFailure::plain)?)
+                    }
+                };
+                let files = HostFiles::open(overlay, mode).map_err(|e| OpenFailure::host(overlay, e))?;
+                let opened = Self::open_over(files, &image, &disk_options)?;
+                made.into_iter().for_each(overlay::Made::keep);
+                opened
+            }
+            Some(Overlay::Temporary) => {
+                let info = Self::base_info(&image, mode, &disk_options)?;
+                let (file, name) = overlay::make_temporary(&info, random()).map_err(OpenFailure::plain)?;
+                let files = HostFiles::of_unnamed(file, &name, mode).map_err(|e| OpenFailure::host(&name, e))?;
+                Self::open_over(files, &image, &disk_options)?
+            }
+        };
         let refused = opened.files.iter().find(|(_, file)| file.direct_fd().is_none());
         match refused.filter(|_| direct == DirectIo::On) {
             Some((_, file)) => {
@@ -45,10 +74,29 @@ impl Opened {
         }
     }
 
-    pub(crate) fn open_with(path: &Path, mode: OpenMode, options: &OpenOptions) -> Result<Self, OpenFailure> {
-        let (files, id) = HostFiles::open(path, mode).map_err(|e| OpenFailure::host(path, e))?;
-        let disk = block_on(Disk::open(&files, id, options)).map_err(|e| OpenFailure::disk(path, &e))?;
+    pub(crate) fn open_with(image: &Location, mode: OpenMode, options: &OpenOptions) -> Result<Self, OpenFailure> {
+        let (files, id) = image.open(mode).map_err(|e| OpenFailure::host(image.path(), e))?;
+        let disk = block_on(Disk::open(&files, id, options)).map_err(|e| OpenFailure::disk(image.path(), &e))?;
         Ok(Self { files: files.into_set(), disk: Arc::new(disk) })
+    }
+
+    /// Opens an image that is only read under an overlay that is open.
+    fn open_over(
+        (files, overlay): (HostFiles, FileId),
+        image: &Location,
+        options: &OpenOptions,
+    ) -> Result<Self, OpenFailure> {
+        let base = image.open_as_base(&files).map_err(|e| OpenFailure::host(image.path(), e))?;
+        let disk = block_on(Disk::open_overlay(&files, overlay, base, options));
+        let disk = disk.map_err(|e| OpenFailure::disk(image.path(), &e))?;
+        Ok(Self { files: files.into_set(), disk: Arc::new(disk) })
+    }
+
+    /// What a new overlay has to know of its base.
+    fn base_info(image: &Location, mode: OpenMode, options: &OpenOptions) -> Result<Info, OpenFailure> {
+        let mode = OpenMode { writable: false, ..mode };
+        let options = OpenOptions { read_only: true, cache_bytes: 0, ..options.clone() };
+        Ok(Self::open_with(image, mode, &options)?.disk.info().clone())
     }
 
     /// From here on all I/O goes through the page cache. Nothing may serve the image yet.
@@ -77,9 +125,17 @@ impl Opened {
     }
 }
 
-/// Where an image really is.
-pub(crate) fn real_path(path: &Path) -> Result<PathBuf> {
-    fs::canonicalize(path).map_err(|e| OpenFailure::host(path, e).hinted())
+/// Where the image really is that changes go to: what the books call it.
+pub(crate) fn real_path(options: &ImageOptions) -> Result<PathBuf> {
+    let image = Location::of(&options.image);
+    let real = image.real_path().map_err(|e| OpenFailure::host(image.path(), e).hinted())?;
+    let Some(Overlay::File(overlay)) = &options.overlay else { return Ok(real) };
+    // It may have to be made first.
+    let real = fs::canonicalize(overlay).or_else(|_| {
+        let above = overlay.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Ok(fs::canonicalize(above)?.join(overlay.file_name().unwrap_or_default()))
+    });
+    real.map_err(|e| OpenFailure::host(overlay, e).hinted())
 }
 
 fn random() -> u32 {
@@ -104,6 +160,10 @@ impl OpenFailure {
     fn host(path: &Path, e: io::Error) -> Self {
         let text = chain(&e);
         Self::new(path, &text, DiskError::host("", e).kind())
+    }
+
+    fn plain(failure: Failure) -> Self {
+        Self { plain: failure, busy: false, hint: None }
     }
 
     fn disk(path: &Path, e: &DiskError) -> Self {

@@ -5,16 +5,21 @@ use std::path::PathBuf;
 use clap::ValueEnum;
 use vdisk_image::Format;
 
+use crate::overlay::Overlay;
 use crate::size;
 
 /// Which image, and how to open it.
 #[derive(Debug, clap::Args)]
 pub(crate) struct ImageOptions {
-    /// The image: a VMDK (its descriptor, or its only file) or a raw disk
+    /// The image: a VMDK (its descriptor, or its only file), a raw disk, or an appliance (`box.ova`, `box.ova:disk1.vmdk`)
     pub(crate) image: PathBuf,
     /// Refuse every change
     #[arg(short, long)]
     pub(crate) read_only: bool,
+    /// Only read the image, and write changes to this VMDK beside it, which is made if it is not there; `temporary`: throw them
+    /// away at the end. Also for what cannot be written itself (streamOptimized, OVA, an image that many share)
+    #[arg(long, value_name = "FILE", conflicts_with = "read_only")]
+    pub(crate) overlay: Option<Overlay>,
     /// Memory for grains that are read in small pieces again and again
     #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = size::parse_usize)]
     pub(crate) cache_size: usize,

@@ -69,7 +69,7 @@ fn serve(args: &Args, held: signals::Held, session: &Arc<Mutex<Session>>) -> Res
     if let Some(notice) = hygiene::guard_against_reclaim() {
         lock(session).reporter.notice(notice);
     }
-    let path = open::real_path(&args.image.image)?;
+    let path = open::real_path(&args.image)?;
     // Locked from here on: what the books say of this image is of servers that have died.
     let mut image =
         Opened::open(&args.image, args.direct_io).map_err(|failure| name_holder(failure, &path, session))?;

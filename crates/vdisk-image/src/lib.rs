@@ -13,6 +13,7 @@
 mod allocate;
 mod cache;
 mod change;
+mod create;
 mod disk;
 mod error;
 mod file_io;
@@ -38,6 +39,7 @@ mod zero;
 #[cfg(test)]
 mod tests;
 
+pub use create::NewImage;
 pub use disk::Disk;
 pub use error::{DiskError, ErrorKind};
 pub use file_io::{FileId, FileIo, Files, Stored};

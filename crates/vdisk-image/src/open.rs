@@ -49,20 +49,65 @@ impl Disk {
     /// [`ErrorKind::NotAnImage`], [`ErrorKind::Unsupported`] or [`ErrorKind::Corrupt`] with what is wrong and what to do,
     /// or the host's when a file cannot be opened or read.
     pub async fn open<F: Files>(files: &F, image: FileId, options: &OpenOptions) -> Result<Self, DiskError> {
+        Self::open_chain(files, image, None, options).await
+    }
+
+    /// Opens a child VMDK over a base that is given, instead of the parent that the child names. The base may be any image, and
+    /// is only read; `options.format` is about it. Both files are open already.
+    ///
+    /// # Errors
+    ///
+    /// As of [`Disk::open`]; [`ErrorKind::Corrupt`] if the child is one of another image.
+    pub async fn open_overlay<F: Files>(
+        files: &F,
+        overlay: FileId,
+        base: FileId,
+        options: &OpenOptions,
+    ) -> Result<Self, DiskError> {
+        Self::open_chain(files, overlay, Some(base), options).await
+    }
+
+    async fn open_chain<F: Files>(
+        files: &F,
+        image: FileId,
+        base: Option<FileId>,
+        options: &OpenOptions,
+    ) -> Result<Self, DiskError> {
         let mut names = Vec::new();
-        let mut top = Opening::new(files, options, options.read_only, &mut names).link(image, options.format).await?;
+        let format = if base.is_some() { Some(Format::Vmdk) } else { options.format };
+        let mut top = Opening::new(files, options, options.read_only, &mut names).link(image, format).await?;
         let (mut parents, mut child) = (Vec::new(), image);
         let mut expected = top.parent.take();
+        if base.is_some() && expected.is_none() {
+            let what = format!("{}: is not an overlay: it has no parent", files.name(image));
+            return Err(DiskError::new(ErrorKind::Corrupt, what));
+        }
         while let Some(parent) = expected {
             if parents.len() + 1 == MAX_LINKS {
                 let what = format!("{}: the chain of parents has more than {MAX_LINKS} links", files.name(image));
                 return Err(DiskError::new(ErrorKind::Unsupported, what));
             }
-            let file = files.open_parent(child, &parent.hint).map_err(|e| {
-                DiskError::host(format!("{}: open its parent \"{}\"", files.name(child), parent.hint), e)
-            })?;
-            // Never probed: a raw disk could look like anything.
-            let mut link = Opening::new(files, options, true, &mut names).link(file, Some(Format::Vmdk)).await?;
+            let given = base.filter(|_| parents.is_empty());
+            let file = match given {
+                Some(base) => base,
+                None => files.open_parent(child, &parent.hint).map_err(|e| {
+                    DiskError::host(format!("{}: open its parent \"{}\"", files.name(child), parent.hint), e)
+                })?,
+            };
+            // A parent that an image names is never probed: a raw disk could look like anything.
+            let format = if given.is_some() { options.format } else { Some(Format::Vmdk) };
+            let mut link = Opening::new(files, options, true, &mut names).link(file, format).await?;
+            if given.is_some() && link.info.size != top.info.size {
+                let (overlay, base) = (files.name(image), files.name(file));
+                let what = format!("{overlay}: has {} bytes, but {base} has {}", top.info.size, link.info.size);
+                return Err(DiskError::new(ErrorKind::Corrupt, what));
+            }
+            if given.is_some() && link.info.format == Format::Raw {
+                // It has no content ID.
+                top.info.parents.push(files.name(file));
+                parents.push(link.image());
+                break;
+            }
             if let Some(notice) = parent.check(files, options, child, file, link.info.content_id)? {
                 top.info.notices.push(notice);
             }

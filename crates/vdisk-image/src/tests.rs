@@ -4,6 +4,7 @@
 
 mod chain;
 mod crash;
+mod create;
 mod faults;
 mod fixtures;
 mod hostile;

@@ -76,6 +76,39 @@ impl HostFiles {
         Ok((files, id))
     }
 
+    /// Takes over a file that nobody else can open, for an image that is to go away with it. `name` is what messages call it.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn of_unnamed(file: std::fs::File, name: &Path, mode: OpenMode) -> io::Result<(Self, FileId)> {
+        let files = Self { mode, files: RefCell::default() };
+        let file = HostFile::new(file, name.to_owned(), true, mode.direct_io)?;
+        let id = files.add(file, Names::Directory(Gate::closed()).into())?;
+        Ok((files, id))
+    }
+
+    /// Opens and locks another image beside the first, to be read: the base of an overlay.
+    ///
+    /// # Errors
+    ///
+    /// As of [`HostFiles::open`]; [`io::ErrorKind::InvalidInput`] if it is the first image itself.
+    pub fn open_base(&self, path: &Path) -> io::Result<FileId> {
+        let (gate, file) = Gate::open_image(path, false, self.mode.trust_paths)?;
+        let file = HostFile::new(file, path.to_owned(), false, self.mode.direct_io)?;
+        self.add_locked(file, Names::Directory(gate).into())
+    }
+
+    /// As [`HostFiles::open_base`], for an image inside a tar archive: see [`HostFiles::open_member`].
+    ///
+    /// # Errors
+    ///
+    /// As of [`HostFiles::open_member`].
+    pub fn open_base_member(&self, archive: &Path, member: Option<&str>) -> io::Result<FileId> {
+        let (archive, image) = Archive::open(archive, member, OpenMode { writable: false, ..self.mode })?;
+        self.add(image, Names::Archive(archive).into())
+    }
+
     /// Ends the opening stage.
     pub fn into_set(self) -> Arc<FileSet> {
         Arc::new(FileSet { files: self.files.into_inner().into_iter().map(|(file, _)| file).collect() })

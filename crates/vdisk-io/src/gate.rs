@@ -30,6 +30,11 @@ impl Gate {
         Ok((Self { directory, trust_paths, without_openat2: false }, file))
     }
 
+    /// A gate that lets nothing through.
+    pub(crate) fn closed() -> Self {
+        Self { directory: None, trust_paths: false, without_openat2: false }
+    }
+
     /// Opens a file by the name that the image has for it; also says where it is.
     pub(crate) fn open_named(&self, name: &str, writable: bool) -> io::Result<(File, PathBuf)> {
         let Some((path, directory)) = &self.directory else {
