@@ -205,6 +205,7 @@ impl Disk {
                 steps.push(Step::SetLen { file: s.file, len });
             }
         }
+        steps.extend(self.image.writable_sparse().filter_map(Sparse::free_sector_step));
         steps.extend(self.first_change.cleaning_steps());
         steps
     }

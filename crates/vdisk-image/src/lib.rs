@@ -12,6 +12,8 @@
 mod allocate;
 mod cache;
 mod change;
+mod coding;
+mod cowd;
 mod disk;
 mod error;
 mod file_io;
@@ -25,6 +27,7 @@ mod probe;
 mod read;
 mod request;
 mod scan;
+mod se_sparse;
 mod span;
 mod sparse;
 mod table;

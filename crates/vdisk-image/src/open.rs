@@ -1,7 +1,8 @@
 //! Opening: what kind of image it is, which files it has, and whether all of it can be served.
 
 use crate::cache::GrainCache;
-use crate::change::FirstChange;
+use crate::change::{FirstChange, Unclean};
+use crate::cowd;
 use crate::disk::{Disk, File, size};
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, Files};
@@ -10,9 +11,12 @@ use crate::image::{Extent, Image, Layout};
 use crate::info::{ExtentInfo, Format, Info};
 use crate::probe::{self, Kind};
 use crate::request::Geometry;
-use crate::sparse::Sparse;
+use crate::sparse::{Parts, Sparse};
 use std::ops::Range;
-use vmdk_parse::{Access, ContentId, Descriptor, ExtentKind, ExtentLine, SECTOR_SIZE, SparseHeader, content_id_places};
+use vmdk_parse::{
+    Access, ContentId, Descriptor, ExtentKind, ExtentLine, ParseError, ParseErrorKind, SECTOR_SIZE, SparseHeader,
+    content_id_places,
+};
 
 /// Memory for grain tables: 16 MiB of them describe 256 GiB of a disk with 64 KiB grains.
 const TABLE_BYTES: usize = 16 << 20;
@@ -50,6 +54,7 @@ impl Disk {
         match kind {
             Kind::Raw => opening.raw(image)?,
             Kind::SparseExtent => opening.sparse_image(image).await?,
+            Kind::CowdExtent => opening.cowd_alone(image).await?,
             Kind::Descriptor => {
                 let len = opening.len(image)?;
                 let (descriptor, text) = opening.descriptor(image, 0, len).await?;
@@ -61,17 +66,17 @@ impl Disk {
 }
 
 /// An image on its way to being open.
-struct Opening<'a, F: Files> {
+pub(crate) struct Opening<'a, F: Files> {
     files: &'a F,
-    options: &'a OpenOptions,
+    pub(crate) options: &'a OpenOptions,
     /// By [`FileId`].
     names: Vec<String>,
     extents: Vec<Extent>,
-    sparse_files: Vec<FileId>,
+    pub(crate) unclean: Vec<Unclean>,
     content_id: Vec<Step>,
     /// Memory for the grain tables of each sparse extent.
     table_memory: usize,
-    info: Info,
+    pub(crate) info: Info,
 }
 
 impl<'a, F: Files> Opening<'a, F> {
@@ -91,7 +96,7 @@ impl<'a, F: Files> Opening<'a, F> {
             options,
             names: Vec::new(),
             extents: Vec::new(),
-            sparse_files: Vec::new(),
+            unclean: Vec::new(),
             content_id: Vec::new(),
             table_memory: TABLE_BYTES,
             info,
@@ -153,7 +158,7 @@ impl<'a, F: Files> Opening<'a, F> {
         text: &[u8],
     ) -> Result<(), DiskError> {
         self.describe(file, at, descriptor, text)?;
-        let sparse = descriptor.extents.iter().filter(|line| line.kind == ExtentKind::Sparse).count();
+        let sparse = descriptor.extents.iter().filter(|line| is_sparse(line.kind)).count();
         self.table_memory = (TABLE_BYTES / sparse.max(1)).max(TABLE_BYTES_AT_LEAST);
         for (n, line) in (1..).zip(&descriptor.extents) {
             self.extent(n, line).await?;
@@ -165,8 +170,9 @@ impl<'a, F: Files> Opening<'a, F> {
         let unsupported = |what: String| Err(DiskError::new(ErrorKind::Unsupported, format!("extent {n}: {what}")));
         match line.kind {
             ExtentKind::Zero => return self.push(line, Layout::Zero, None),
-            ExtentKind::Flat | ExtentKind::Vmfs | ExtentKind::Sparse => {}
-            kind @ (ExtentKind::VmfsSparse | ExtentKind::SeSparse | ExtentKind::VmfsRdm | ExtentKind::VmfsRaw) => {
+            ExtentKind::Flat | ExtentKind::Vmfs | ExtentKind::Sparse | ExtentKind::VmfsSparse => {}
+            ExtentKind::SeSparse => self.check_se_sparse(n, line)?,
+            kind @ (ExtentKind::VmfsRdm | ExtentKind::VmfsRaw) => {
                 return unsupported(format!("type {kind} is not supported yet: convert with qemu-img convert -O vmdk"));
             }
         }
@@ -175,7 +181,13 @@ impl<'a, F: Files> Opening<'a, F> {
         let file =
             self.files.open(name, writable).map_err(|e| DiskError::host(format!("extent {n}: open \"{name}\""), e))?;
         self.note(file);
-        if line.kind == ExtentKind::Sparse {
+        if line.kind == ExtentKind::SeSparse {
+            return self.se_sparse(line, file).await;
+        }
+        if is_sparse(line.kind) {
+            if self.read(file, 0, cowd::MAGIC.len() as u64).await? == cowd::MAGIC {
+                return self.cowd(line, file).await;
+            }
             let header = self.header(file).await?;
             return self.sparse(line, file, header);
         }
@@ -196,7 +208,7 @@ impl<'a, F: Files> Opening<'a, F> {
 
     fn sparse(&mut self, line: &ExtentLine, file: FileId, header: SparseHeader) -> Result<(), DiskError> {
         let name = self.name(file);
-        let read_only = self.options.read_only || line.access != Access::Rw;
+        let read_only = self.is_read_only(line);
         if header.capacity < line.sectors {
             return Err(DiskError::new(
                 ErrorKind::Corrupt,
@@ -206,12 +218,22 @@ impl<'a, F: Files> Opening<'a, F> {
         if header.unclean_shutdown {
             self.info.clean = false;
         }
-        let grain = header.grain_bytes();
-        self.info.grain_size = Some(self.info.grain_size.map_or(grain, |g| g.max(grain)));
-        let sparse = Sparse::new(file, name, header, line.sectors, self.len(file)?, read_only, self.table_memory)?;
+        let parts = Parts::hosted(&name, &header, line.sectors, self.len(file)?, read_only)?;
         if !read_only {
-            self.sparse_files.push(file);
+            self.unclean.push(Unclean::hosted(file));
         }
+        self.push_sparse(line, file, parts)
+    }
+
+    /// Whether an extent is not to be changed.
+    pub(crate) fn is_read_only(&self, line: &ExtentLine) -> bool {
+        self.options.read_only || line.access != Access::Rw
+    }
+
+    pub(crate) fn push_sparse(&mut self, line: &ExtentLine, file: FileId, parts: Parts) -> Result<(), DiskError> {
+        let grain = parts.grain;
+        self.info.grain_size = Some(self.info.grain_size.map_or(grain, |g| g.max(grain)));
+        let sparse = Sparse::new(file, self.name(file), parts, self.len(file)?, self.table_memory);
         self.push(line, Layout::Sparse(Box::new(sparse)), Some(file))
     }
 
@@ -268,15 +290,16 @@ impl<'a, F: Files> Opening<'a, F> {
 
     async fn header(&self, file: FileId) -> Result<SparseHeader, DiskError> {
         let bytes = self.read(file, 0, SparseHeader::LEN as u64).await?;
-        SparseHeader::decode(&bytes).map_err(|e| {
-            let kind = match e.kind {
-                vmdk_parse::ParseErrorKind::UnsupportedVersion(_) | vmdk_parse::ParseErrorKind::UnknownFlags(_) => {
-                    ErrorKind::Unsupported
-                }
-                _ => ErrorKind::Corrupt,
-            };
-            DiskError::new(kind, format!("{}: sparse extent header", self.name(file))).because(e)
-        })
+        SparseHeader::decode(&bytes).map_err(|e| self.bad_header(file, "sparse extent header", e))
+    }
+
+    /// The error for a header that could not be decoded.
+    pub(crate) fn bad_header(&self, file: FileId, what: &str, e: ParseError) -> DiskError {
+        let kind = match e.kind {
+            ParseErrorKind::UnsupportedVersion(_) | ParseErrorKind::UnknownFlags(_) => ErrorKind::Unsupported,
+            _ => ErrorKind::Corrupt,
+        };
+        DiskError::new(kind, format!("{}: {what}", self.name(file))).because(e)
     }
 
     async fn descriptor(&self, file: FileId, at: u64, len: u64) -> Result<(Descriptor, Vec<u8>), DiskError> {
@@ -287,7 +310,7 @@ impl<'a, F: Files> Opening<'a, F> {
     }
 
     /// Up to `len` bytes: fewer where the file ends.
-    async fn read(&self, file: FileId, at: u64, len: u64) -> Result<Vec<u8>, DiskError> {
+    pub(crate) async fn read(&self, file: FileId, at: u64, len: u64) -> Result<Vec<u8>, DiskError> {
         let len = size(len.min(self.len(file)?.saturating_sub(at)));
         let buf = self.files.alloc(len);
         self.files
@@ -310,11 +333,11 @@ impl<'a, F: Files> Opening<'a, F> {
         }
     }
 
-    fn name(&self, file: FileId) -> String {
+    pub(crate) fn name(&self, file: FileId) -> String {
         self.files.name(file)
     }
 
-    fn len(&self, file: FileId) -> Result<u64, DiskError> {
+    pub(crate) fn len(&self, file: FileId) -> Result<u64, DiskError> {
         self.files.len(file).map_err(|e| DiskError::host(format!("{}: length", self.name(file)), e))
     }
 
@@ -322,7 +345,8 @@ impl<'a, F: Files> Opening<'a, F> {
         if self.info.size == 0 {
             return Err(DiskError::new(ErrorKind::NotAnImage, "the disk has no sectors"));
         }
-        let grain = self.info.grain_size;
+        // The grains of a COWD extent may be single sectors: nothing is won by requests as small.
+        let grain = self.info.grain_size.map(|g| g.max(4096));
         let geometry = Geometry {
             size: self.info.size,
             read_only: self.options.read_only,
@@ -334,12 +358,20 @@ impl<'a, F: Files> Opening<'a, F> {
             image: Image { extents: self.extents },
             files: self.names.into_iter().map(file).collect(),
             cache: GrainCache::new(self.options.cache_bytes, grain.unwrap_or(u64::MAX)),
-            first_change: FirstChange::new(self.content_id, self.sparse_files),
+            first_change: FirstChange::new(self.content_id, self.unclean),
             zeroout_unmaps: self.options.zeroout_unmaps,
             rounds: Default::default(),
             loading: Default::default(),
             info: self.info,
         })
+    }
+}
+
+/// Whether the extent has grains and tables.
+fn is_sparse(kind: ExtentKind) -> bool {
+    match kind {
+        ExtentKind::Sparse | ExtentKind::VmfsSparse | ExtentKind::SeSparse => true,
+        ExtentKind::Flat | ExtentKind::Vmfs | ExtentKind::Zero | ExtentKind::VmfsRdm | ExtentKind::VmfsRaw => false,
     }
 }
 
