@@ -296,7 +296,9 @@ impl<'a, F: Files> Opening<'a, F> {
     /// The error for a header that could not be decoded.
     pub(crate) fn bad_header(&self, file: FileId, what: &str, e: ParseError) -> DiskError {
         let kind = match e.kind {
-            ParseErrorKind::UnsupportedVersion(_) | ParseErrorKind::UnknownFlags(_) => ErrorKind::Unsupported,
+            ParseErrorKind::UnsupportedVersion(_)
+            | ParseErrorKind::UnknownFlags(_)
+            | ParseErrorKind::Unsupported(_) => ErrorKind::Unsupported,
             _ => ErrorKind::Corrupt,
         };
         DiskError::new(kind, format!("{}: {what}", self.name(file))).because(e)

@@ -195,7 +195,7 @@ impl Sparse {
         let start = match self.coding.grain(value) {
             Ok(Entry::At(start)) => start,
             Ok(Entry::Absent | Entry::Zeroed) => return Ok(Mapping::Zero { len }),
-            Err(e) => return Err(corrupt("means nothing".to_owned()).because(e)),
+            Err(e) => return Err(corrupt(format!("is {value:#x}")).because(e)),
         };
         let missing = self.is_missing(start, 1);
         if missing || self.is_metadata(start, self.grain) {
@@ -270,7 +270,7 @@ impl Sparse {
     pub(crate) fn table_at(&self, table: u64, gde: u64) -> Result<u64, DiskError> {
         let corrupt =
             |what: String| DiskError::new(ErrorKind::Corrupt, format!("{}: grain table {table} {what}", self.name));
-        let at = self.coding.table(gde).map_err(|e| corrupt("has a bad directory entry".to_owned()).because(e))?;
+        let at = self.coding.table(gde).map_err(|e| corrupt(format!("has the directory entry {gde:#x}")).because(e))?;
         let at = at.unwrap_or(0);
         if at == 0 || self.is_missing(at, self.table_bytes()) {
             return Err(corrupt(format!(

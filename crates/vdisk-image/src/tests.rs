@@ -2,9 +2,11 @@
 
 #![allow(clippy::cast_possible_truncation, reason = "sizes in tests are small, and a wrong one fails the test")]
 
+mod cowd;
 mod crash;
 mod faults;
 mod fixtures;
 mod hostile;
 mod model;
 mod opening;
+mod se_sparse;

@@ -52,7 +52,7 @@ pub(crate) const DISK: u64 = 6 << 20;
 /// A file name that the first file of every image has.
 pub(crate) const NAME: &str = "disk.vmdk";
 
-fn descriptor(extents: &str) -> String {
+pub(crate) fn descriptor(extents: &str) -> String {
     format!(
         "# Disk DescriptorFile\nversion=1\nCID=0badcafe\nparentCID=ffffffff\ncreateType=\"custom\"\n\n{extents}\n\n\
          ddb.adapterType = \"ide\"\nddb.longContentID = \"00112233445566778899aabb0badcafe\"\n"
