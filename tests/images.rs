@@ -4,6 +4,9 @@
 
 use std::path::Path;
 use std::process::{Command, Stdio};
+use vmdk_parse::{
+    CowdHeader, SeArea, SeDirectoryEntry, SeGrainEntry, SeSparseHeader, SeVolatileHeader, Sectors, encode_se_entries,
+};
 
 /// Runs a script in a directory; its standard output. What fails fails the test, what is missing too: scripts/test installs it.
 fn sh(dir: &Path, script: &str) -> String {
@@ -244,5 +247,114 @@ fn an_overlay_that_does_not_fit_is_refused_and_none_is_left_behind() {
         refused --overlay nowhere/o.vmdk a.vmdk; grep -q 'nowhere/o.vmdk' said
         refused --overlay new.vmdk missing.vmdk; grep -q 'missing.vmdk' said; test ! -e new.vmdk
         head -c 4096 /dev/urandom >noise.vmdk; refused --overlay new.vmdk noise.vmdk; test ! -e new.vmdk"#,
+    );
+}
+
+/// A descriptor of one extent in the file `x`. An empty line before it would make qemu see it twice.
+fn descriptor(create_type: &str, kind: &str, sectors: u64) -> String {
+    format!(
+        "# Disk DescriptorFile\nversion=1\nCID=0badcafe\nparentCID=ffffffff\ncreateType=\"{create_type}\"\n# Extents\n\
+         RW {sectors} {kind} \"x\"\n\nddb.adapterType = \"lsilogic\"\n"
+    )
+}
+
+/// Nothing else makes COWD extents here, but qemu reads them. It also writes them, if their tables are there, and leaves
+/// freeSector as it was.
+#[test]
+fn qemu_and_vdisk_read_what_the_other_wrote_to_a_cowd_extent() {
+    const MIB: u64 = 1 << 20;
+    for (grain, size) in [(1, 10 * MIB), (3, 20 * MIB), (128, 300 * MIB), (2048, 64 * MIB)] {
+        let dir = tempfile::tempdir().unwrap();
+        let header = CowdHeader::new(Sectors(size / 512), Sectors(grain)).unwrap();
+        let mut file = header.encode().unwrap().to_vec();
+        file.resize(usize::try_from(header.free_sector.0 * 512).unwrap(), 0);
+        std::fs::write(dir.path().join("x"), file).unwrap();
+        std::fs::write(dir.path().join("x.vmdk"), descriptor("vmfsSparse", "VMFSSPARSE", size / 512)).unwrap();
+        // qemu writes to where there is no table over the header, so every table is made here.
+        let coverage = 4096 * 512 * grain;
+        let mut script = format!("truncate -s {size} model\n");
+        let mut round = |by_qemu: bool, writes: &[(u64, u64)]| {
+            let commands: String = (1..)
+                .zip(writes)
+                .map(|(n, (at, len))| format!(" -c 'write -P {} {at} {len}'", (at + len + n) % 255 + 1))
+                .collect();
+            let nbd = "\"nbd+unix:///?socket=sock\"";
+            script += &format!("qemu-io -f raw {commands} model >/dev/null\n");
+            script += &if by_qemu {
+                format!("qemu-io -f vmdk {commands} x.vmdk >/dev/null\n")
+            } else {
+                format!("serving x.vmdk qemu-io -f raw {commands} {nbd} >/dev/null\n")
+            };
+            script += "qemu-img compare -f raw -F vmdk model x.vmdk >/dev/null\n";
+            script += &format!("serving x.vmdk nbdcopy {nbd} seen; cmp model seen; rm seen\n");
+        };
+        let tables: Vec<(u64, u64)> = (0..size.div_ceil(coverage)).map(|n| (n * coverage, 512)).collect();
+        round(false, &tables);
+        for n in 0..4 {
+            let writes: Vec<(u64, u64)> = (0..10)
+                .map(|i| {
+                    let n = n * 10 + i;
+                    ((n * 7_919_513 % (size - MIB)) & !511, (n * 104_729 % 200_000 + 512) & !511)
+                })
+                .collect();
+            round(n % 2 == 1, &writes);
+        }
+        sh(dir.path(), &script);
+        let bytes = std::fs::read(dir.path().join("x")).unwrap();
+        let closed = CowdHeader::decode(&bytes).unwrap();
+        assert_eq!(closed.unclean_shutdown, 0);
+        assert!(closed.free_sector > header.free_sector);
+    }
+}
+
+/// Only ESXi writes seSparse extents; qemu reads them.
+#[test]
+fn a_se_sparse_extent_is_read_as_qemu_reads_it() {
+    const SECTORS: u64 = 3 * 32768 + 20;
+    let area = |start, len| SeArea { start: Sectors(start), len: Sectors(len) };
+    let grains = Sectors(16 + 64 * 4);
+    let header = SeSparseHeader {
+        capacity: Sectors(SECTORS),
+        volatile_header: area(1, 1),
+        journal_header: area(2, 2),
+        journal: area(4, 4),
+        grain_directory: area(8, 8),
+        grain_tables: area(16, 64 * 4),
+        free_bitmap: area(0, 0),
+        backmap: area(0, 0),
+        grains: area(grains.0, 0),
+    };
+    let entries = |index: u64| {
+        (0..4096).map(move |n| match (n * 7 + index) % 5 {
+            0 => SeGrainEntry::Absent,
+            1 => SeGrainEntry::Unmapped,
+            2 => SeGrainEntry::Zero,
+            // Places in another order than the grains.
+            _ => SeGrainEntry::At(Sectors(grains.0 + 8 * ((n * 5 + index * 1000) % 4096))),
+        })
+    };
+    let directory = [SeDirectoryEntry::Table(3), SeDirectoryEntry::Absent, SeDirectoryEntry::Table(0)];
+    let directory = directory.into_iter().chain([SeDirectoryEntry::Table(1)]).map(SeDirectoryEntry::encode);
+    let mut file = header.encode().to_vec();
+    file.extend(SeVolatileHeader { free_gt_number: 4, next_txn_seq_number: 9 }.encode());
+    file.resize(8 * 512, 0);
+    file.extend(encode_se_entries(&directory.collect::<Vec<_>>()));
+    file.resize(16 * 512, 0);
+    for index in 0..4 {
+        let entries: Vec<u64> = entries(index).map(|e| e.encode(grains).unwrap()).collect();
+        file.extend(encode_se_entries(&entries));
+    }
+    file.extend((0..4096 * 512u64).flat_map(|n| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 7).to_le_bytes()));
+    let dir = tempfile::tempdir().unwrap();
+    std::fs::write(dir.path().join("x"), &file).unwrap();
+    std::fs::write(dir.path().join("x.vmdk"), descriptor("seSparse", "SESPARSE", SECTORS)).unwrap();
+    sh(
+        dir.path(),
+        r#"qemu-img convert -f vmdk -O raw x.vmdk by-qemu
+        cp x before
+        options=--read-only serving x.vmdk nbdcopy "nbd+unix:///?socket=sock" seen
+        cmp by-qemu seen
+        cmp before x
+        if cmp -s -n 1M seen /dev/zero; then exit 1; fi"#,
     );
 }

@@ -3,6 +3,7 @@
 //! A writer of absent grains takes a [`Ticket`], writes, and publishes. Until then nobody sees the grains; a second
 //! writer of one of them waits. Nothing here is held across an await but the ticket itself.
 
+use crate::coding::Entry;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::FileId;
 use crate::sparse::{Lookup, MetaRef, Sparse};
@@ -11,7 +12,7 @@ use crate::wait::{WaitList, locked, until, wake};
 use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use vmdk_parse::{GrainEntry, SECTOR_SIZE};
+use vmdk_parse::SECTOR_SIZE;
 
 /// How far a file is extended at once: one call for many grains. What is left over is cut off at detach. Tests extend
 /// often.
@@ -24,7 +25,7 @@ const ADDRESSABLE: u64 = u32::MAX as u64 * SECTOR_SIZE;
 #[derive(Debug, Default)]
 pub(crate) struct State {
     /// First byte that was never given out; `None` until the tables were looked through.
-    next: Option<u64>,
+    pub(crate) next: Option<u64>,
     /// Places of single grains that were given back. They read as zeroes.
     free: Vec<u64>,
     /// Grains that are being written for the first time, and who waits for them.
@@ -108,7 +109,7 @@ impl Sparse {
         }
         let wanted = (skip + len).div_ceil(self.grain).min(self.gtes - grain % self.gtes);
         let count = (0..wanted).take_while(|n| self.is_absent(&state, &table, grain + n)).count() as u64;
-        let Some((place, count)) = self.take_room(&mut state, count)? else { return Ok(Plan::Grow) };
+        let Some((place, count)) = self.take_room(&mut state, self.grain, count)? else { return Ok(Plan::Grow) };
         for g in grain..grain + count {
             state.busy.insert(g, WaitList::default());
         }
@@ -134,13 +135,14 @@ impl Sparse {
                 // Not nested in the match on `growing`: the borrow of the list would outlive its arm.
                 return s.growing.as_mut().map_or(Ok(Err(())), Err);
             }
-            let needed = s.next.unwrap_or(0) + self.grain;
+            let align = self.coding.alignment(self.grain);
+            let needed = s.next.unwrap_or(0) + self.grain.max(self.table_room());
             let len = self.file_len.load(Ordering::Relaxed);
-            if len >= needed && len.is_multiple_of(self.grain) {
+            if len >= needed && len.is_multiple_of(align) {
                 return Ok(Err(()));
             }
             s.growing = Some(WaitList::default());
-            let needed = needed.max(len).next_multiple_of(self.grain);
+            let needed = needed.max(len).next_multiple_of(align);
             Ok(Ok((needed, needed + GROWTH.next_multiple_of(self.grain))))
         })
         .await
@@ -160,7 +162,7 @@ impl Sparse {
 
     /// The tables were looked through: nothing is used at or after byte `end`. Space is given out from there on.
     pub(crate) fn allocate_from(&self, end: u64) {
-        let next = end.next_multiple_of(self.grain);
+        let next = end.next_multiple_of(self.coding.alignment(self.grain));
         self.first_free.store(next, Ordering::Release);
         locked(&self.state).next = Some(next);
     }
@@ -177,16 +179,17 @@ impl Sparse {
 
     fn has_place(&self, table: &Table, grain: u64) -> bool {
         let entry = usize::try_from(grain % self.gtes).ok().and_then(|n| table.entry(n)).unwrap_or(0);
-        matches!(GrainEntry::decode(entry, self.header.flags.zeroed_grain()), GrainEntry::At(_))
+        matches!(self.coding.grain(entry), Ok(Entry::At(_)))
     }
 
     fn is_absent(&self, state: &State, table: &Table, grain: u64) -> bool {
         !self.has_place(table, grain) && !state.busy.contains_key(&grain)
     }
 
-    /// Room for up to `count` grains: (place, how many). `None` if the file has to be extended first.
-    fn take_room(&self, state: &mut State, count: u64) -> Result<Option<(u64, u64)>, DiskError> {
+    /// Room for up to `count` units of `unit` bytes: (place, how many). `None` if the file has to be extended first.
+    fn take_room(&self, state: &mut State, unit: u64, count: u64) -> Result<Option<(u64, u64)>, DiskError> {
         if count == 1
+            && unit == self.grain
             && let Some(place) = state.free.pop()
         {
             return Ok(Some((place, 1)));
@@ -195,17 +198,24 @@ impl Sparse {
             return Err(DiskError::new(ErrorKind::Poisoned, format!("{}: its end is not known", self.name)));
         };
         // Entries are 32-bit sector numbers: what lies behind the last one cannot be named.
-        if next + self.grain > ADDRESSABLE {
+        if next + unit > ADDRESSABLE {
             let what = format!("{}: an extent's file cannot grow past 2 TiB", self.name);
             return Err(DiskError::new(ErrorKind::NoSpace, what));
         }
         let len = self.file_len.load(Ordering::Acquire).min(ADDRESSABLE);
-        let count = count.min(len.saturating_sub(next) / self.grain);
+        let count = count.min(len.saturating_sub(next) / unit);
         if count == 0 {
             return Ok(None);
         }
-        state.next = Some(next + count * self.grain);
+        state.next = Some(next + count * unit);
         Ok(Some((next, count)))
+    }
+
+    /// Bytes that are given out at once for new tables: with its copy, a table takes a whole number of grains where
+    /// grains are aligned.
+    fn table_room(&self) -> u64 {
+        let copies = if self.rgd_at.is_some() { 2 } else { 1 };
+        (self.table_bytes() * copies).next_multiple_of(self.coding.alignment(self.grain))
     }
 
     /// Makes the table that the directory does not have. `None` if the file has to be extended first.
@@ -214,8 +224,9 @@ impl Sparse {
         let bytes = self.table_bytes();
         let copies = if self.rgd_at.is_some() { 2 } else { 1 };
         if state.table_room.end - state.table_room.start < bytes * copies {
-            let Some((place, _)) = self.take_room(state, 1)? else { return Ok(None) };
-            state.table_room = place..place + self.grain;
+            let room = self.table_room();
+            let Some((place, _)) = self.take_room(state, room, 1)? else { return Ok(None) };
+            state.table_room = place..place + room;
         }
         let at = state.table_room.start;
         state.table_room.start += bytes * copies;
@@ -227,8 +238,8 @@ impl Sparse {
         state.dirty_gd.insert(index / SECTOR_ENTRIES as u64);
         self.insert_locked(state, index, Arc::clone(&table));
         for (directory, at) in [(&page.gd, Some(at)), (&page.rgd, copy_at)] {
-            if let (Some(gde), Some(at)) = (directory.get(slot), at) {
-                gde.store(sector_number(at), Ordering::Release);
+            if let Some(at) = at {
+                directory.set(slot, sector_number(at));
             }
         }
         Ok(Some(table))
@@ -270,7 +281,7 @@ impl Ticket<'_> {
     /// Whether the grain is marked as zeroes, which hide the parent.
     fn is_zeroed(&self, grain: u64) -> bool {
         let entry = usize::try_from(grain % self.extent.gtes).ok().and_then(|n| self.table.entry(n)).unwrap_or(0);
-        GrainEntry::decode(entry, self.extent.header.flags.zeroed_grain()) == GrainEntry::Zeroed
+        matches!(self.extent.coding.grain(entry), Ok(Entry::Zeroed))
     }
 
     /// The file that the place is in.

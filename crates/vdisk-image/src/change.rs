@@ -3,7 +3,7 @@
 //! Until then an attached image is left exactly as it was. Source: VMware Virtual Disk Format 1.1, "The Header"
 //! (CID) and "Hosted Sparse Extents" (uncleanShutdown).
 
-use crate::disk::Disk;
+use crate::disk::{Disk, size};
 use crate::error::DiskError;
 use crate::file_io::{FileId, FileIo};
 use crate::flush::{self, Step};
@@ -11,7 +11,7 @@ use crate::sparse::Sparse;
 use crate::wait::{WaitList, locked, until, wake};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
-use vmdk_parse::{GTE_SIZE, UNCLEAN_SHUTDOWN_AT};
+use vmdk_parse::{COWD_UNCLEAN_SHUTDOWN_AT, UNCLEAN_SHUTDOWN_AT};
 
 /// How much of the tables is read at once when they are looked through.
 const SCAN_BYTES: u64 = 1 << 20;
@@ -23,34 +23,55 @@ pub(crate) struct FirstChange {
     state: Mutex<Option<WaitList>>,
     /// Writes the new content ID.
     content_id: Vec<Step>,
-    /// Files with an uncleanShutdown byte.
-    sparse_files: Vec<FileId>,
+    /// Where headers say that they were not closed.
+    unclean: Vec<Unclean>,
 }
 
 impl FirstChange {
-    pub(crate) fn new(content_id: Vec<Step>, sparse_files: Vec<FileId>) -> Self {
-        Self { content_id, sparse_files, ..Self::default() }
+    pub(crate) fn new(content_id: Vec<Step>, unclean: Vec<Unclean>) -> Self {
+        Self { content_id, unclean, ..Self::default() }
     }
 
     pub(crate) fn happened(&self) -> bool {
         self.happened.load(Ordering::Acquire)
     }
 
-    /// Sets uncleanShutdown, changes the content ID, makes both durable.
-    fn steps(&self) -> Vec<Step> {
-        let mut steps: Vec<Step> = self.sparse_files.iter().map(|f| unclean(*f, 1)).collect();
+    /// Sets uncleanShutdown, changes the content ID, does what `more` says, makes all of it durable.
+    fn steps(&self, more: impl Iterator<Item = Step>) -> Vec<Step> {
+        let mut steps: Vec<Step> = self.unclean.iter().map(|u| u.step(1)).collect();
         steps.extend(self.content_id.iter().cloned());
+        steps.extend(more);
         with_barriers(steps)
     }
 
     /// Clears uncleanShutdown. Everything else is durable already.
     pub(crate) fn cleaning_steps(&self) -> Vec<Step> {
-        with_barriers(self.sparse_files.iter().map(|f| unclean(*f, 0)).collect())
+        with_barriers(self.unclean.iter().map(|u| u.step(0)).collect())
     }
 }
 
-fn unclean(file: FileId, value: u8) -> Step {
-    Step::Write { file, offset: UNCLEAN_SHUTDOWN_AT, bytes: vec![value] }
+/// The uncleanShutdown field of a sparse extent's header.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Unclean {
+    file: FileId,
+    at: u64,
+    bytes: usize,
+}
+
+impl Unclean {
+    pub(crate) fn hosted(file: FileId) -> Self {
+        Self { file, at: UNCLEAN_SHUTDOWN_AT, bytes: 1 }
+    }
+
+    pub(crate) fn cowd(file: FileId) -> Self {
+        Self { file, at: COWD_UNCLEAN_SHUTDOWN_AT, bytes: 4 }
+    }
+
+    fn step(self, value: u8) -> Step {
+        let mut bytes = vec![value];
+        bytes.resize(self.bytes, 0);
+        Step::Write { file: self.file, offset: self.at, bytes }
+    }
 }
 
 fn with_barriers(mut steps: Vec<Step>) -> Vec<Step> {
@@ -90,7 +111,8 @@ impl Disk {
         for extent in self.chain.top.writable_sparse() {
             self.find_end(io, extent).await?;
         }
-        flush::run(io, &first.steps(), |f| self.name(f)).await?;
+        let steps = first.steps(self.chain.top.writable_sparse().filter_map(Sparse::free_sector_step));
+        flush::run(io, &steps, |f| self.name(f)).await?;
         first.happened.store(true, Ordering::Release);
         Ok(())
     }
@@ -104,6 +126,7 @@ impl Disk {
         if extent.knows_its_end() {
             return Ok(());
         }
+        let mut areas = self.table_areas(io, extent).await?;
         let mut end = extent.metadata_end();
         for page in 0..extent.page_count() {
             let runs = loop {
@@ -112,17 +135,20 @@ impl Disk {
                     Err(meta) => self.load(io, extent, meta).await?,
                 }
             };
-            if extent.header.unclean_shutdown {
+            if extent.unclean {
                 extent.forget_unborn_tables(page);
             }
             end = end.max(extent.end_of_tables(page));
             for run in runs {
                 let bytes = self.read_metadata(io, extent.file, run.at, run.count * extent.table_bytes()).await?;
                 end = end.max(extent.end_of_entries(&bytes));
-                if !extent.header.unclean_shutdown || extent.rgd_at.is_none() {
+                if let Some(areas) = &mut areas {
+                    areas.check_grains(extent, run, &bytes)?;
+                }
+                if !extent.unclean || extent.rgd_at.is_none() {
                     continue;
                 }
-                for (table, primary) in (run.first..).zip(bytes.chunks(size_of_table(extent))) {
+                for (table, primary) in (run.first..).zip(bytes.chunks(size(extent.table_bytes()))) {
                     let Some(at) = extent.copy_at(table) else { continue };
                     let copy = self.read_metadata(io, extent.file, at, extent.table_bytes()).await?;
                     end = end.max(extent.end_of_entries(&copy));
@@ -136,10 +162,6 @@ impl Disk {
         extent.allocate_from(end);
         Ok(())
     }
-}
-
-fn size_of_table(extent: &Sparse) -> usize {
-    crate::disk::size(extent.gtes * GTE_SIZE)
 }
 
 /// The duty to do the first change's work. Dropped at its end, whatever the end is.

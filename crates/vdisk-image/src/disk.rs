@@ -207,6 +207,7 @@ impl Disk {
                 steps.push(Step::SetLen { file: s.file, len });
             }
         }
+        steps.extend(self.chain.top.writable_sparse().filter_map(Sparse::free_sector_step));
         steps.extend(self.first_change.cleaning_steps());
         steps
     }

@@ -1,16 +1,16 @@
 //! Making writes durable. What has to happen is data, a list of steps; running it is one loop.
 //!
-//! The order: data, barrier, both copies of the tables, barrier; where a table is new, then the redundant directory,
+//! The order: data (and where free space begins, in a header that says so), barrier, both copies of the tables, barrier; where a table is new, then the redundant directory,
 //! barrier, the directory, barrier. An entry is never durable before its grain, nor a directory entry before its table
 //! and its copy.
 
 use crate::error::DiskError;
 use crate::file_io::{FileId, FileIo};
 use crate::sparse::Sparse;
-use crate::table::{SECTOR_ENTRIES, Table, TableCopy, encode};
+use crate::table::{Entries, SECTOR_ENTRIES, Table, TableCopy};
 use crate::wait::{WaitList, locked, until, wake};
 use futures_util::future::join_all;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 /// One step towards durability.
@@ -46,8 +46,12 @@ impl FlushPlan {
             extent.take_dirty(&mut dirty);
         }
         plan.tables = dirty.pinned;
-        let dirty_files = dirty_files();
-        plan.steps.extend(dirty_files.iter().map(|f| Step::Barrier(*f)));
+        let mut files = dirty_files();
+        files.extend(dirty.headers.iter().map(|(file, _, _)| *file));
+        files.sort_unstable();
+        files.dedup();
+        plan.steps.extend(merge(dirty.headers));
+        plan.steps.extend(files.into_iter().map(Step::Barrier));
         for writes in [dirty.tables, dirty.redundant_directory, dirty.directory] {
             let mut files: Vec<FileId> = writes.iter().map(|(file, _, _)| *file).collect();
             files.sort_unstable();
@@ -71,6 +75,7 @@ type Write = (FileId, u64, Vec<u8>);
 /// Metadata that differs from the files, by when it may be written.
 #[derive(Default)]
 struct Dirty {
+    headers: Vec<Write>,
     tables: Vec<Write>,
     redundant_directory: Vec<Write>,
     directory: Vec<Write>,
@@ -81,6 +86,9 @@ impl Sparse {
     /// What has to be written to make the tables durable, as of now. The tables are pinned.
     fn take_dirty(&self, to: &mut Dirty) {
         let mut state = locked(&self.state);
+        if !state.dirty.is_empty() || !state.dirty_gd.is_empty() {
+            to.headers.extend(self.free_sector(&state).map(|(at, bytes)| (self.file, at, bytes)));
+        }
         for index in std::mem::take(&mut state.dirty) {
             // A dirty table is never evicted, so it is there.
             let Some(table) = self.page(index).and_then(|(p, i)| p.tables.get(i)?.load_full()) else { continue };
@@ -97,10 +105,7 @@ impl Sparse {
         for sector in std::mem::take(&mut state.dirty_gd) {
             let first = sector * SECTOR_ENTRIES as u64;
             let Some((page, index)) = self.page(first) else { continue };
-            let bytes = |directory: &[AtomicU32]| {
-                let entries = directory.get(index..).unwrap_or_default();
-                encode(entries.get(..SECTOR_ENTRIES).unwrap_or(entries))
-            };
+            let bytes = |directory: &Entries| directory.encode(index..index + SECTOR_ENTRIES);
             if let Some(at) = self.rgd_at {
                 to.redundant_directory.push((self.file, at + first * 4, bytes(&page.rgd)));
             }

@@ -13,6 +13,8 @@
 mod allocate;
 mod cache;
 mod change;
+mod coding;
+mod cowd;
 mod create;
 mod disk;
 mod error;
@@ -28,6 +30,7 @@ mod probe;
 mod read;
 mod request;
 mod scan;
+mod se_sparse;
 mod span;
 mod sparse;
 mod stream;

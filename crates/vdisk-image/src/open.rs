@@ -1,7 +1,8 @@
 //! Opening: what kind of image it is, which files it has, and whether all of it can be served.
 
 use crate::cache::GrainCache;
-use crate::change::FirstChange;
+use crate::change::{FirstChange, Unclean};
+use crate::cowd;
 use crate::disk::{Disk, File, size};
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, Files};
@@ -10,10 +11,13 @@ use crate::image::{Chain, Extent, Image, Layout};
 use crate::info::{ExtentInfo, Format, Info};
 use crate::probe::{self, Kind};
 use crate::request::Geometry;
-use crate::sparse::Sparse;
+use crate::sparse::{Parts, Sparse};
 use crate::stream;
 use std::ops::Range;
-use vmdk_parse::{Access, ContentId, Descriptor, ExtentKind, ExtentLine, SECTOR_SIZE, SparseHeader, content_id_places};
+use vmdk_parse::{
+    Access, ContentId, Descriptor, ExtentKind, ExtentLine, ParseError, ParseErrorKind, SECTOR_SIZE, SparseHeader,
+    content_id_places,
+};
 
 /// Memory for grain tables: 16 MiB of them describe 256 GiB of a disk with 64 KiB grains.
 const TABLE_BYTES: usize = 16 << 20;
@@ -160,12 +164,12 @@ impl Parent {
 }
 
 /// A link of a chain that is open.
-struct Link {
+pub(crate) struct Link {
     extents: Vec<Extent>,
-    sparse_files: Vec<FileId>,
+    pub(crate) unclean: Vec<Unclean>,
     content_id: Vec<Step>,
     parent: Option<Parent>,
-    info: Info,
+    pub(crate) info: Info,
 }
 
 impl Link {
@@ -175,7 +179,8 @@ impl Link {
 
     /// The disk that has this link on top.
     fn finish(self, options: &OpenOptions, parents: Vec<Image>, names: Vec<String>) -> Disk {
-        let grain = self.info.grain_size;
+        // The grains of a COWD extent may be single sectors: nothing is won by requests as small.
+        let grain = self.info.grain_size.map(|g| g.max(4096));
         let file = |name| File { name, dirty: false.into(), cannot_punch: false.into(), cannot_zero: false.into() };
         Disk {
             geometry: Geometry {
@@ -186,7 +191,7 @@ impl Link {
             chain: Chain { top: Image { extents: self.extents }, parents },
             files: names.into_iter().map(file).collect(),
             cache: GrainCache::new(options.cache_bytes, grain.unwrap_or(u64::MAX)),
-            first_change: FirstChange::new(self.content_id, self.sparse_files),
+            first_change: FirstChange::new(self.content_id, self.unclean),
             zeroout_unmaps: options.zeroout_unmaps,
             rounds: Default::default(),
             loading: Default::default(),
@@ -197,16 +202,16 @@ impl Link {
 }
 
 /// A link of a chain on its way to being open.
-struct Opening<'a, F: Files> {
+pub(crate) struct Opening<'a, F: Files> {
     files: &'a F,
     options: &'a OpenOptions,
     /// Refuse every change of this link.
-    read_only: bool,
+    pub(crate) read_only: bool,
     /// By [`FileId`].
     names: &'a mut Vec<String>,
     /// Memory for the grain tables of each sparse extent.
     table_memory: usize,
-    link: Link,
+    pub(crate) link: Link,
 }
 
 impl<'a, F: Files> Opening<'a, F> {
@@ -222,8 +227,8 @@ impl<'a, F: Files> Opening<'a, F> {
             extents: Vec::new(),
             notices: Vec::new(),
         };
-        let (extents, sparse_files, content_id) = Default::default();
-        let link = Link { extents, sparse_files, content_id, parent: None, info };
+        let (extents, unclean, content_id) = Default::default();
+        let link = Link { extents, unclean, content_id, parent: None, info };
         Self { files, options, read_only, names, table_memory: TABLE_BYTES, link }
     }
 
@@ -234,6 +239,7 @@ impl<'a, F: Files> Opening<'a, F> {
         match probe::probe(&self.name(image), self.len(image)?, &head, format)? {
             Kind::Raw => self.raw(image)?,
             Kind::SparseExtent => self.sparse_image(image).await?,
+            Kind::CowdExtent => self.cowd_alone(image).await?,
             Kind::Descriptor => {
                 let len = self.len(image)?;
                 let (descriptor, text) = self.descriptor(image, 0, len).await?;
@@ -303,7 +309,7 @@ impl<'a, F: Files> Opening<'a, F> {
         text: &[u8],
     ) -> Result<(), DiskError> {
         self.describe(file, at, descriptor, text)?;
-        let sparse = descriptor.extents.iter().filter(|line| line.kind == ExtentKind::Sparse).count();
+        let sparse = descriptor.extents.iter().filter(|line| is_sparse(line.kind)).count();
         self.table_memory = (TABLE_BYTES / sparse.max(1)).max(TABLE_BYTES_AT_LEAST);
         for (n, line) in (1..).zip(&descriptor.extents) {
             self.extent(file, n, line).await?;
@@ -315,8 +321,9 @@ impl<'a, F: Files> Opening<'a, F> {
         let unsupported = |what: String| Err(DiskError::new(ErrorKind::Unsupported, format!("extent {n}: {what}")));
         match line.kind {
             ExtentKind::Zero => return self.push(line, Layout::Zero, None),
-            ExtentKind::Flat | ExtentKind::Vmfs | ExtentKind::Sparse => {}
-            kind @ (ExtentKind::VmfsSparse | ExtentKind::SeSparse | ExtentKind::VmfsRdm | ExtentKind::VmfsRaw) => {
+            ExtentKind::Flat | ExtentKind::Vmfs | ExtentKind::Sparse | ExtentKind::VmfsSparse => {}
+            ExtentKind::SeSparse => self.check_se_sparse(n, line)?,
+            kind @ (ExtentKind::VmfsRdm | ExtentKind::VmfsRaw) => {
                 return unsupported(format!("type {kind} is not supported yet: convert with qemu-img convert -O vmdk"));
             }
         }
@@ -327,7 +334,13 @@ impl<'a, F: Files> Opening<'a, F> {
             .open(by, name, writable)
             .map_err(|e| DiskError::host(format!("extent {n}: open \"{name}\""), e))?;
         self.note(file);
-        if line.kind == ExtentKind::Sparse {
+        if line.kind == ExtentKind::SeSparse {
+            return self.se_sparse(line, file).await;
+        }
+        if is_sparse(line.kind) {
+            if self.read(file, 0, cowd::MAGIC.len() as u64).await? == cowd::MAGIC {
+                return self.cowd(line, file).await;
+            }
             let header = self.header(file).await?;
             return self.sparse(line, file, header).await;
         }
@@ -348,7 +361,7 @@ impl<'a, F: Files> Opening<'a, F> {
 
     async fn sparse(&mut self, line: &ExtentLine, file: FileId, mut header: SparseHeader) -> Result<(), DiskError> {
         let name = self.name(file);
-        let read_only = self.read_only || line.access != Access::Rw;
+        let read_only = self.is_read_only(line);
         if header.capacity < line.sectors {
             return Err(DiskError::new(
                 ErrorKind::Corrupt,
@@ -359,13 +372,22 @@ impl<'a, F: Files> Opening<'a, F> {
         if header.unclean_shutdown {
             self.link.info.clean = false;
         }
-        let grain = header.grain_bytes();
-        self.link.info.grain_size = Some(self.link.info.grain_size.map_or(grain, |g| g.max(grain)));
-        let len = self.len(file)?;
-        let sparse = Sparse::new(file, name, (header, stream), line.sectors, len, read_only, self.table_memory)?;
+        let parts = Parts::hosted(&name, &header, stream, line.sectors, self.len(file)?, read_only)?;
         if !read_only {
-            self.link.sparse_files.push(file);
+            self.link.unclean.push(Unclean::hosted(file));
         }
+        self.push_sparse(line, file, parts)
+    }
+
+    /// Whether an extent is not to be changed.
+    pub(crate) fn is_read_only(&self, line: &ExtentLine) -> bool {
+        self.read_only || line.access != Access::Rw
+    }
+
+    pub(crate) fn push_sparse(&mut self, line: &ExtentLine, file: FileId, parts: Parts) -> Result<(), DiskError> {
+        let grain = parts.grain;
+        self.link.info.grain_size = Some(self.link.info.grain_size.map_or(grain, |g| g.max(grain)));
+        let sparse = Sparse::new(file, self.name(file), parts, self.len(file)?, self.table_memory);
         self.push(line, Layout::Sparse(Box::new(sparse)), Some(file))
     }
 
@@ -428,15 +450,18 @@ impl<'a, F: Files> Opening<'a, F> {
 
     async fn header(&self, file: FileId) -> Result<SparseHeader, DiskError> {
         let bytes = self.read(file, 0, SparseHeader::LEN as u64).await?;
-        SparseHeader::decode(&bytes).map_err(|e| {
-            let kind = match e.kind {
-                vmdk_parse::ParseErrorKind::UnsupportedVersion(_) | vmdk_parse::ParseErrorKind::UnknownFlags(_) => {
-                    ErrorKind::Unsupported
-                }
-                _ => ErrorKind::Corrupt,
-            };
-            DiskError::new(kind, format!("{}: sparse extent header", self.name(file))).because(e)
-        })
+        SparseHeader::decode(&bytes).map_err(|e| self.bad_header(file, "sparse extent header", e))
+    }
+
+    /// The error for a header that could not be decoded.
+    pub(crate) fn bad_header(&self, file: FileId, what: &str, e: ParseError) -> DiskError {
+        let kind = match e.kind {
+            ParseErrorKind::UnsupportedVersion(_)
+            | ParseErrorKind::UnknownFlags(_)
+            | ParseErrorKind::Unsupported(_) => ErrorKind::Unsupported,
+            _ => ErrorKind::Corrupt,
+        };
+        DiskError::new(kind, format!("{}: {what}", self.name(file))).because(e)
     }
 
     async fn descriptor(&self, file: FileId, at: u64, len: u64) -> Result<(Descriptor, Vec<u8>), DiskError> {
@@ -447,7 +472,7 @@ impl<'a, F: Files> Opening<'a, F> {
     }
 
     /// Up to `len` bytes: fewer where the file ends.
-    async fn read(&self, file: FileId, at: u64, len: u64) -> Result<Vec<u8>, DiskError> {
+    pub(crate) async fn read(&self, file: FileId, at: u64, len: u64) -> Result<Vec<u8>, DiskError> {
         let len = size(len.min(self.len(file)?.saturating_sub(at)));
         let buf = self.files.alloc(len);
         self.files
@@ -470,12 +495,20 @@ impl<'a, F: Files> Opening<'a, F> {
         }
     }
 
-    fn name(&self, file: FileId) -> String {
+    pub(crate) fn name(&self, file: FileId) -> String {
         self.files.name(file)
     }
 
-    fn len(&self, file: FileId) -> Result<u64, DiskError> {
+    pub(crate) fn len(&self, file: FileId) -> Result<u64, DiskError> {
         self.files.len(file).map_err(|e| DiskError::host(format!("{}: length", self.name(file)), e))
+    }
+}
+
+/// Whether the extent has grains and tables.
+fn is_sparse(kind: ExtentKind) -> bool {
+    match kind {
+        ExtentKind::Sparse | ExtentKind::VmfsSparse | ExtentKind::SeSparse => true,
+        ExtentKind::Flat | ExtentKind::Vmfs | ExtentKind::Zero | ExtentKind::VmfsRdm | ExtentKind::VmfsRaw => false,
     }
 }
 

@@ -2,6 +2,7 @@
 
 use crate::error::{DiskError, ErrorKind};
 use crate::info::Format;
+use crate::{cowd, se_sparse};
 use vmdk_parse::{SECTOR_SIZE, looks_like_descriptor};
 
 /// Bytes that are enough to know.
@@ -13,6 +14,8 @@ pub(crate) enum Kind {
     Raw,
     /// A hosted sparse extent's header.
     SparseExtent,
+    /// A COWD extent's header.
+    CowdExtent,
     /// A descriptor alone.
     Descriptor,
 }
@@ -37,7 +40,6 @@ const OTHERS: [(usize, &[u8], &str); 9] = [
 /// [`ErrorKind::NotAnImage`] or [`ErrorKind::Unsupported`], with what to do.
 pub(crate) fn probe(name: &str, len: u64, head: &[u8], wanted: Option<Format>) -> Result<Kind, DiskError> {
     let not = |what: &str| Err(DiskError::new(ErrorKind::NotAnImage, format!("{name}: {what}")));
-    let unsupported = |what: &str| Err(DiskError::new(ErrorKind::Unsupported, format!("{name}: {what}")));
     if len < SECTOR_SIZE && !looks_like_descriptor(head) {
         return not(&format!("{len} bytes are less than a sector: not an image"));
     }
@@ -47,6 +49,7 @@ pub(crate) fn probe(name: &str, len: u64, head: &[u8], wanted: Option<Format>) -
     let lower = name.to_ascii_lowercase();
     let kind = match () {
         () if head.starts_with(b"KDMV") => Some(Kind::SparseExtent),
+        () if head.starts_with(cowd::MAGIC) => Some(Kind::CowdExtent),
         () if looks_like_descriptor(head) => Some(Kind::Descriptor),
         () => None,
     };
@@ -57,11 +60,8 @@ pub(crate) fn probe(name: &str, len: u64, head: &[u8], wanted: Option<Format>) -
         }
         return Ok(kind);
     }
-    if head.starts_with(b"COWD") {
-        return unsupported("is an ESX COWD extent, which is not supported yet: convert it with qemu-img convert");
-    }
-    if head.starts_with(&0xcafe_babe_u64.to_le_bytes()) {
-        return unsupported("is an ESX seSparse extent, which is not supported yet: convert it with qemu-img convert");
+    if head.starts_with(&se_sparse::MAGIC) {
+        return not("is a seSparse extent of an ESX image: open the .vmdk descriptor that lists it");
     }
     if wanted == Some(Format::Vmdk) {
         return not("has neither a VMDK header nor a descriptor");
@@ -121,10 +121,16 @@ mod tests {
 
     #[test]
     fn what_a_guest_wrote_to_a_raw_disk_is_not_taken_for_a_vmdk() {
-        for head in [b"KDMV".as_slice(), b"# Disk DescriptorFile\n"] {
+        for head in [b"KDMV".as_slice(), b"COWD", b"# Disk DescriptorFile\n"] {
             assert!(kind("disk.img", head).unwrap_err().contains("--format"));
             assert!(kind("disk.vmdk", head).is_ok());
         }
+    }
+
+    #[test]
+    fn a_se_sparse_extent_is_refused_with_what_to_open() {
+        let text = kind("disk-sesparse.vmdk", &se_sparse::MAGIC).unwrap_err();
+        assert!(text.contains("open the .vmdk descriptor that lists it"), "{text}");
     }
 
     #[test]

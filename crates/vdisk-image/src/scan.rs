@@ -1,11 +1,11 @@
 //! Looking through the tables of a sparse extent. Pure, like everything of [`Sparse`].
 
+use crate::coding::{Coding, Entry};
 use crate::sparse::{MetaRef, Sparse};
 use crate::table::{PAGE_ENTRIES, SECTOR_ENTRIES, Table};
 use crate::wait::locked;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use vmdk_parse::{GrainEntry, SECTOR_SIZE, decode_entries};
 
 /// Tables that lie in a row in the file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -25,10 +25,18 @@ impl Sparse {
 
     /// First byte behind the metadata that the header names, and behind the file.
     pub(crate) fn metadata_end(&self) -> u64 {
-        let directory = self.tables * 4;
-        let overhead = self.header.overhead.bytes().unwrap_or(0);
+        let directory = self.directory_bytes();
+        let free = match self.coding {
+            // It may be behind the end of the file, but not trusted to be: qemu does not keep it.
+            Coding::Cowd { free } => free,
+            Coding::Hosted { .. } | Coding::SeSparse(_) => 0,
+        };
         let file_len = self.file_len.load(Ordering::Acquire);
-        file_len.max(overhead).max(self.gd_at + directory).max(self.rgd_at.map_or(0, |at| at + directory))
+        file_len
+            .max(free)
+            .max(self.overhead)
+            .max(self.gd_at + directory)
+            .max(self.rgd_at.map_or(0, |at| at + directory))
     }
 
     /// The tables of a directory page that exist and lie in the file, in runs of at most `limit` bytes. The page, if it is
@@ -37,9 +45,9 @@ impl Sparse {
         let first = page * PAGE_ENTRIES;
         let (loaded, _) = self.page(first).ok_or(MetaRef::Directory(page))?;
         let mut runs: Vec<TableRun> = Vec::new();
-        for (table, gde) in (first..).zip(&loaded.gd) {
+        for (table, gde) in (first..).zip(loaded.gd.iter()).filter(|(_, gde)| *gde != 0) {
             // A table outside the file fails where it is used; here it only has no entries.
-            let Ok(at) = self.table_at(table, gde.load(Ordering::Acquire)) else { continue };
+            let Ok(at) = self.table_at(table, gde) else { continue };
             match runs.last_mut() {
                 Some(r)
                     if r.first + r.count == table
@@ -57,25 +65,30 @@ impl Sparse {
     /// First byte behind every table that a page of the directory or of its copy names, whether the file reaches it or not.
     pub(crate) fn end_of_tables(&self, page: u64) -> u64 {
         let Some((loaded, _)) = self.page(page * PAGE_ENTRIES) else { return 0 };
-        let entries = loaded.gd.iter().chain(&loaded.rgd).map(|e| e.load(Ordering::Acquire));
-        entries.filter(|e| *e != 0).max().map_or(0, |e| u64::from(e) * SECTOR_SIZE + self.table_bytes())
+        let entries = loaded.gd.iter().chain(loaded.rgd.iter());
+        let places = entries.filter_map(|e| self.coding.table(e).ok().flatten());
+        places.max().map_or(0, |at| at + self.table_bytes())
     }
 
     /// First byte behind every grain that the entries name, whether the file reaches it or not.
     pub(crate) fn end_of_entries(&self, table: &[u8]) -> u64 {
-        decode_entries(table)
-            .filter_map(|e| match GrainEntry::decode(e, self.header.flags.zeroed_grain()) {
-                GrainEntry::At(sector) => Some(sector.0 * SECTOR_SIZE + self.grain),
-                GrainEntry::Absent | GrainEntry::Zeroed => None,
-            })
-            .max()
-            .unwrap_or(0)
+        self.places(table).map(|(_, at)| at + self.grain).max().unwrap_or(0)
+    }
+
+    /// The grains that the entries name: (entry, byte offset).
+    pub(crate) fn places(&self, table: &[u8]) -> impl Iterator<Item = (u64, u64)> {
+        let entries = self.coding.entries(table);
+        (0..).map_while(move |n| entries.get(n)).zip(0..).filter_map(|(e, n)| match self.coding.grain(e) {
+            Ok(Entry::At(at)) => Some((n, at)),
+            // One that means nothing fails where it is used.
+            Ok(Entry::Absent | Entry::Zeroed) | Err(_) => None,
+        })
     }
 
     /// Byte offset of the redundant copy of a table, if it lies in the file.
     pub(crate) fn copy_at(&self, table: u64) -> Option<u64> {
         let (page, index) = self.page(table)?;
-        let rgde = page.rgd.get(index)?.load(Ordering::Acquire);
+        let rgde = page.rgd.get(index)?;
         self.table_at(table, rgde).ok()
     }
 
@@ -85,8 +98,9 @@ impl Sparse {
         let first = page * PAGE_ENTRIES;
         let Some((loaded, _)) = self.page(first) else { return };
         let mut state = locked(&self.state);
-        for ((table, gde), rgde) in (first..).zip(&loaded.gd).zip(&loaded.rgd) {
-            if gde.load(Ordering::Acquire) == 0 && rgde.swap(0, Ordering::AcqRel) != 0 {
+        for (((n, table), gde), rgde) in (0..).zip(first..).zip(loaded.gd.iter()).zip(loaded.rgd.iter()) {
+            if gde == 0 && rgde != 0 {
+                loaded.rgd.set(n, 0);
                 state.dirty_gd.insert(table / SECTOR_ENTRIES as u64);
             }
         }
@@ -97,7 +111,7 @@ impl Sparse {
         let mut state = locked(&self.state);
         let Some(slot) = self.page(index).and_then(|(p, i)| p.tables.get(i)) else { return };
         let table = slot.load_full().unwrap_or_else(|| {
-            let table = Arc::new(Table::new(decode_entries(bytes), at, self.copy_of(index, at)));
+            let table = Arc::new(Table::with(self.coding.entries(bytes), at, self.copy_of(index, at)));
             self.insert_locked(&mut state, index, Arc::clone(&table));
             table
         });

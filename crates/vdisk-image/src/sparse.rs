@@ -1,8 +1,10 @@
-//! A hosted sparse extent: where its grains are. Pure; what is missing in memory is asked for by a [`MetaRef`].
+//! A sparse extent: where its grains are. Pure; what is missing in memory is asked for by a [`MetaRef`].
 //!
-//! Source: VMware Virtual Disk Format 1.1, "Hosted Sparse Extents".
+//! Source: VMware Virtual Disk Format 1.1, "Hosted Sparse Extents". The other formats, COWD and seSparse, differ in their
+//! [`Coding`] and in how they are opened.
 
 use crate::allocate::State;
+use crate::coding::{Coding, Entry};
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::FileId;
 use crate::image::{Grain, Mapping};
@@ -11,7 +13,7 @@ use crate::table::{PAGE_ENTRIES, Page, Table, TableCopy};
 use crate::wait::locked;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
-use vmdk_parse::{GdOffset, GrainEntry, SECTOR_SIZE, Sectors, SparseHeader, decode_entries};
+use vmdk_parse::{GdOffset, SECTOR_SIZE, Sectors, SparseHeader};
 
 /// A piece of metadata of a sparse extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -22,12 +24,12 @@ pub(crate) enum MetaRef {
     Table(u64),
 }
 
-/// A hosted sparse extent.
+/// A sparse extent.
 #[derive(Debug)]
 pub(crate) struct Sparse {
     pub(crate) file: FileId,
     pub(crate) name: String,
-    pub(crate) header: SparseHeader,
+    pub(crate) coding: Coding,
     /// What there is more of a compressed extent.
     stream: Option<Stream>,
     /// Bytes in a grain.
@@ -39,6 +41,10 @@ pub(crate) struct Sparse {
     pub(crate) rgd_at: Option<u64>,
     /// Tables in the directory.
     pub(crate) tables: u64,
+    /// Bytes at the beginning of the file where no grain is.
+    pub(crate) overhead: u64,
+    /// The header said that the extent was not closed.
+    pub(crate) unclean: bool,
     /// Length of the extent's file in bytes, as far as it is known to have grown.
     pub(crate) file_len: AtomicU64,
     pub(crate) pages: Box<[OnceLock<Page>]>,
@@ -51,22 +57,35 @@ pub(crate) struct Sparse {
     table_memory: usize,
 }
 
-impl Sparse {
-    /// An extent of `sectors` whose header was decoded (with `stream` if it is compressed), in a file of `file_len` bytes. Its
-    /// tables may take `table_memory` bytes.
+/// What the header of a sparse extent says, of whatever format.
+#[derive(Debug)]
+pub(crate) struct Parts {
+    pub(crate) coding: Coding,
+    pub(crate) grain: u64,
+    pub(crate) gtes: u64,
+    pub(crate) gd_at: u64,
+    pub(crate) rgd_at: Option<u64>,
+    pub(crate) tables: u64,
+    pub(crate) overhead: u64,
+    pub(crate) unclean: bool,
+    pub(crate) stream: Option<Stream>,
+}
+
+impl Parts {
+    /// A hosted sparse extent of `sectors` whose header was decoded (with `stream` if it is compressed), in a file of `file_len`
+    /// bytes.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Corrupt`] if the directory does not lie in the file, [`ErrorKind::Unsupported`] unless
     /// `read_only` for what cannot be written without breaking it.
-    pub(crate) fn new(
-        file: FileId,
-        name: String,
-        (header, stream): (SparseHeader, Option<Stream>),
+    pub(crate) fn hosted(
+        name: &str,
+        header: &SparseHeader,
+        stream: Option<Stream>,
         sectors: Sectors,
         file_len: u64,
         read_only: bool,
-        table_memory: usize,
     ) -> Result<Self, DiskError> {
         let corrupt = |what: String| DiskError::new(ErrorKind::Corrupt, format!("{name}: {what}"));
         let unsupported = |what: &str| DiskError::new(ErrorKind::Unsupported, format!("{name}: {what}"));
@@ -109,33 +128,57 @@ impl Sparse {
             _ => None,
         };
         Ok(Self {
-            file,
+            coding: Coding::Hosted { zeroed_grain: header.flags.zeroed_grain() },
             grain: header.grain_bytes(),
             gtes: u64::from(header.gtes_per_gt),
             gd_at,
             rgd_at,
             tables,
-            file_len: AtomicU64::new(file_len),
-            pages: (0..tables.div_ceil(PAGE_ENTRIES)).map(|_| OnceLock::new()).collect(),
-            state: Mutex::new(State::default()),
-            name,
-            header,
+            overhead: header.overhead.bytes().unwrap_or(u64::MAX),
+            unclean: header.unclean_shutdown,
             stream,
+        })
+    }
+}
+
+impl Sparse {
+    /// An extent whose directory was checked to lie in its file of `file_len` bytes. Its tables may take `table_memory` bytes.
+    pub(crate) fn new(file: FileId, name: String, parts: Parts, file_len: u64, table_memory: usize) -> Self {
+        Self {
+            file,
+            name,
+            coding: parts.coding,
+            grain: parts.grain,
+            gtes: parts.gtes,
+            gd_at: parts.gd_at,
+            rgd_at: parts.rgd_at,
+            tables: parts.tables,
+            overhead: parts.overhead,
+            unclean: parts.unclean,
+            stream: parts.stream,
+            file_len: AtomicU64::new(file_len),
+            pages: (0..parts.tables.div_ceil(PAGE_ENTRIES)).map(|_| OnceLock::new()).collect(),
+            state: Mutex::new(State::default()),
             opened_len: file_len,
             first_free: AtomicU64::new(u64::MAX),
             table_memory,
-        })
+        }
     }
 
     /// Bytes of a table in the file.
     pub(crate) fn table_bytes(&self) -> u64 {
-        self.gtes * 4
+        self.gtes * self.coding.entry_bytes()
+    }
+
+    /// Bytes of the directory in the file.
+    pub(crate) fn directory_bytes(&self) -> u64 {
+        self.tables * self.coding.entry_bytes()
     }
 
     /// Splits an offset in the extent: (table, entry, offset in the grain).
     pub(crate) fn split(&self, offset: u64) -> (u64, usize, u64) {
         let grain = offset / self.grain;
-        #[expect(clippy::cast_possible_truncation, reason = "below gtes, which is at most 512")]
+        #[expect(clippy::cast_possible_truncation, reason = "below gtes, which is at most 4096")]
         let entry = (grain % self.gtes) as usize;
         (grain / self.gtes, entry, offset % self.grain)
     }
@@ -149,29 +192,30 @@ impl Sparse {
         let (table, entry, skip) = self.split(offset);
         let len = len.min(self.grain - skip);
         let found = match self.stream.as_ref().and_then(|s| s.index.as_ref()) {
-            Some(index) => index.entry(offset / self.grain),
+            Some(index) => Ok(index.entry(offset / self.grain)),
             None => {
                 let value = match self.table(table, |t| t.entry(entry).unwrap_or(0)) {
                     Lookup::Table(value) => value,
                     Lookup::Absent => 0,
                     Lookup::Need(meta) => return Ok(Mapping::NeedMeta(meta)),
                 };
-                GrainEntry::decode(value, self.header.flags.zeroed_grain())
+                self.coding.grain(value).map_err(|e| (value, e))
             }
         };
-        let sector = match found {
-            GrainEntry::Absent => return Ok(Mapping::Parent { len }),
-            GrainEntry::Zeroed => return Ok(Mapping::Zero { len }),
-            GrainEntry::At(sector) => sector,
+        let corrupt = |what: String| {
+            let what = format!("{}: entry {entry} of grain table {table} {what}", self.name);
+            DiskError::new(ErrorKind::Corrupt, what)
         };
-        let start = sector.0 * SECTOR_SIZE;
+        let start = match found {
+            Ok(Entry::At(start)) => start,
+            Ok(Entry::Absent) => return Ok(Mapping::Parent { len }),
+            Ok(Entry::Zeroed) => return Ok(Mapping::Zero { len }),
+            Err((value, e)) => return Err(corrupt(format!("is {value:#x}")).because(e)),
+        };
         let missing = self.is_missing(start, 1);
-        if sector < self.header.overhead || missing {
+        if missing || self.is_metadata(start, self.grain) {
             let what = if missing { "past the end of the file" } else { "in the metadata" };
-            return Err(DiskError::new(
-                ErrorKind::Corrupt,
-                format!("{}: entry {entry} of grain table {table} points to sector {}, {what}", self.name, sector.0),
-            ));
+            return Err(corrupt(format!("points to sector {}, {what}", start / SECTOR_SIZE)));
         }
         if let Some(stream) = &self.stream {
             return Ok(stream.mapping(self.file, self.opened_len, start, offset / self.grain, skip, len));
@@ -196,14 +240,14 @@ impl Sparse {
         let Some((page, index)) = self.page(table) else {
             return Lookup::Need(MetaRef::Directory(table / PAGE_ENTRIES));
         };
-        let (Some(slot), Some(gde)) = (page.tables.get(index), page.gd.get(index)) else { return Lookup::Absent };
+        let Some(slot) = page.tables.get(index) else { return Lookup::Absent };
         if let Some(t) = &*slot.load() {
             t.touch();
             return Lookup::Table(look(t));
         }
-        match gde.load(Ordering::Acquire) {
-            0 => Lookup::Absent,
-            _ => Lookup::Need(MetaRef::Table(table)),
+        match page.gd.get(index) {
+            None | Some(0) => Lookup::Absent,
+            Some(_) => Lookup::Need(MetaRef::Table(table)),
         }
     }
 
@@ -218,6 +262,14 @@ impl Sparse {
         at + len > self.opened_len && at < self.first_free.load(Ordering::Acquire)
     }
 
+    /// Whether bytes that an entry of a grain table names belong to the header or the directory.
+    fn is_metadata(&self, at: u64, len: u64) -> bool {
+        let directory = self.gd_at..self.gd_at + self.directory_bytes();
+        at < self.overhead
+            // Elsewhere the overhead covers the directory.
+            || matches!(self.coding, Coding::Cowd { .. }) && at < directory.end && directory.start < at + len
+    }
+
     /// What to read (byte offset, bytes) to supply `meta`: one range, or for a directory page with a copy two.
     ///
     /// # Errors
@@ -227,27 +279,33 @@ impl Sparse {
         match meta {
             MetaRef::Directory(page) => {
                 let first = page * PAGE_ENTRIES;
-                let len = 4 * PAGE_ENTRIES.min(self.tables - first);
-                Ok((self.gd_at + first * 4, self.rgd_at.map(|at| at + first * 4), len))
+                let size = self.coding.entry_bytes();
+                let len = size * PAGE_ENTRIES.min(self.tables - first);
+                Ok((self.gd_at + first * size, self.rgd_at.map(|at| at + first * size), len))
             }
             MetaRef::Table(table) => {
-                let gde = self.page(table).and_then(|(p, i)| p.gd.get(i)).map_or(0, |g| g.load(Ordering::Acquire));
+                let gde = self.page(table).and_then(|(p, i)| p.gd.get(i)).unwrap_or(0);
                 Ok((self.table_at(table, gde)?, None, self.table_bytes()))
             }
         }
     }
 
     /// Byte offset of a table from its directory entry, checked to lie in the file.
-    pub(crate) fn table_at(&self, table: u64, gde: u32) -> Result<u64, DiskError> {
-        let at = u64::from(gde) * SECTOR_SIZE;
-        if gde == 0 || self.is_missing(at, self.table_bytes()) {
-            return Err(DiskError::new(
-                ErrorKind::Corrupt,
-                format!(
-                    "{}: grain table {table} at sector {gde} does not lie in the file of {} bytes",
-                    self.name, self.opened_len
-                ),
-            ));
+    pub(crate) fn table_at(&self, table: u64, gde: u64) -> Result<u64, DiskError> {
+        let corrupt =
+            |what: String| DiskError::new(ErrorKind::Corrupt, format!("{}: grain table {table} {what}", self.name));
+        let at = self.coding.table(gde).map_err(|e| corrupt(format!("has the directory entry {gde:#x}")).because(e))?;
+        let at = at.unwrap_or(0);
+        if at == 0 || self.is_missing(at, self.table_bytes()) {
+            return Err(corrupt(format!(
+                "at sector {} does not lie in the file of {} bytes",
+                at / SECTOR_SIZE,
+                self.opened_len
+            )));
+        }
+        // The tables of the other formats are a part of the overhead.
+        if matches!(self.coding, Coding::Cowd { .. }) && self.is_metadata(at, self.table_bytes()) {
+            return Err(corrupt(format!("at sector {} lies in the header or in the directory", at / SECTOR_SIZE)));
         }
         Ok(at)
     }
@@ -262,12 +320,12 @@ impl Sparse {
             MetaRef::Directory(page) => {
                 if let Some(slot) = usize::try_from(page).ok().and_then(|p| self.pages.get(p)) {
                     // Loads are single-flight: nobody was faster, and if so, his page is as good.
-                    let _ = slot.set(Page::new(decode_entries(bytes), decode_entries(copy)));
+                    let _ = slot.set(Page::new(self.coding.entries(bytes), self.coding.entries(copy)));
                 }
             }
             MetaRef::Table(table) => {
                 let (at, _, _) = self.place_of(meta)?;
-                let new = Arc::new(Table::new(decode_entries(bytes), at, self.copy_of(table, at)));
+                let new = Arc::new(Table::with(self.coding.entries(bytes), at, self.copy_of(table, at)));
                 self.insert_locked(&mut locked(&self.state), table, new);
             }
         }

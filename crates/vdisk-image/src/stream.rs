@@ -4,13 +4,14 @@
 //! either everything is found by walking over the records. Source: VMware Virtual Disk Format 1.1, "Stream-Optimized
 //! Compressed Sparse Extents".
 
+use crate::coding::Entry;
 use crate::disk::size;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, Files};
 use crate::image::Mapping;
 use crate::inflate::Record;
 use vmdk_parse::{
-    Compression, GTE_SIZE, GdOffset, GrainEntry, GrainRecord, Marker, SECTOR_SIZE, Sectors, SparseHeader, TableGeometry,
+    Compression, GTE_SIZE, GdOffset, GrainRecord, Marker, SECTOR_SIZE, Sectors, SparseHeader, TableGeometry,
 };
 
 /// Footer marker, footer, end-of-stream marker.
@@ -47,9 +48,9 @@ impl Stream {
 
 impl Index {
     /// The grain's entry, as a table would have it.
-    pub(crate) fn entry(&self, grain: u64) -> GrainEntry {
+    pub(crate) fn entry(&self, grain: u64) -> Entry {
         let found = self.grains.binary_search_by_key(&grain, |g| g.0).ok();
-        found.and_then(|n| self.grains.get(n)).map_or(GrainEntry::Absent, |g| GrainEntry::At(Sectors(g.1)))
+        found.and_then(|n| self.grains.get(n)).map_or(Entry::Absent, |g| Entry::At(g.1 * SECTOR_SIZE))
     }
 }
 

@@ -1,6 +1,7 @@
 //! Grain tables and pages of the grain directory in memory.
 
 use arc_swap::ArcSwapOption;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 /// Entries of the grain directory that are loaded together: 4 KiB of it, 32 GiB of a disk with 64 KiB grains.
@@ -9,22 +10,83 @@ pub(crate) const PAGE_ENTRIES: u64 = 1024;
 /// Entries in one 512-byte sector of a table or directory: what is written at once.
 pub(crate) const SECTOR_ENTRIES: usize = 128;
 
+/// Entries as they stand in the file; [`crate::coding::Coding`] says what they mean.
+#[derive(Debug)]
+pub(crate) enum Entries {
+    /// 32 bits each.
+    Narrow(Box<[AtomicU32]>),
+    /// 64 bits each, of a format that is only read.
+    Wide(Box<[u64]>),
+}
+
+impl Entries {
+    pub(crate) fn narrow(entries: impl Iterator<Item = u32>) -> Self {
+        Self::Narrow(entries.map(AtomicU32::new).collect())
+    }
+
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Narrow(entries) => entries.len(),
+            Self::Wide(entries) => entries.len(),
+        }
+    }
+
+    /// `Acquire`: who sees an entry sees what is behind it.
+    pub(crate) fn get(&self, index: usize) -> Option<u64> {
+        match self {
+            Self::Narrow(entries) => entries.get(index).map(|e| u64::from(e.load(Ordering::Acquire))),
+            Self::Wide(entries) => entries.get(index).copied(),
+        }
+    }
+
+    /// Under the extent's lock.
+    pub(crate) fn set(&self, index: usize, value: u32) {
+        match self {
+            Self::Narrow(entries) => {
+                if let Some(e) = entries.get(index) {
+                    e.store(value, Ordering::Release);
+                }
+            }
+            // Nothing writes such a format: opening it for writing is refused.
+            Self::Wide(_) => {}
+        }
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = u64> {
+        (0..self.len()).map_while(|n| self.get(n))
+    }
+
+    /// The bytes of the entries in `range`, as far as there are any.
+    pub(crate) fn encode(&self, range: Range<usize>) -> Vec<u8> {
+        let range = range.start..range.end.min(self.len());
+        match self {
+            Self::Narrow(entries) => {
+                let entries = entries.get(range).unwrap_or_default();
+                entries.iter().flat_map(|e| e.load(Ordering::Relaxed).to_le_bytes()).collect()
+            }
+            Self::Wide(entries) => {
+                let entries = entries.get(range).unwrap_or_default();
+                entries.iter().flat_map(|e| e.to_le_bytes()).collect()
+            }
+        }
+    }
+}
+
 /// A piece of the grain directory. Pages are loaded when they are first needed and stay.
 #[derive(Debug)]
 pub(crate) struct Page {
-    /// Sector of each grain table; 0 is a table that does not exist.
-    pub(crate) gd: Box<[AtomicU32]>,
+    /// Where each grain table is; 0 is a table that does not exist.
+    pub(crate) gd: Entries,
     /// The same for the redundant tables. Empty where the extent has none.
-    pub(crate) rgd: Box<[AtomicU32]>,
+    pub(crate) rgd: Entries,
     /// The tables that are in memory.
     pub(crate) tables: Box<[ArcSwapOption<Table>]>,
 }
 
 impl Page {
-    pub(crate) fn new(gd: impl Iterator<Item = u32>, rgd: impl Iterator<Item = u32>) -> Self {
-        let gd: Box<[AtomicU32]> = gd.map(AtomicU32::new).collect();
-        let tables = gd.iter().map(|_| ArcSwapOption::empty()).collect();
-        Self { gd, rgd: rgd.map(AtomicU32::new).collect(), tables }
+    pub(crate) fn new(gd: Entries, rgd: Entries) -> Self {
+        let tables = (0..gd.len()).map(|_| ArcSwapOption::empty()).collect();
+        Self { gd, rgd, tables }
     }
 }
 
@@ -42,7 +104,7 @@ pub(crate) enum TableCopy {
 /// A grain table in memory. Entries are read without a lock; they change under the extent's lock only.
 #[derive(Debug)]
 pub(crate) struct Table {
-    entries: Box<[AtomicU32]>,
+    entries: Entries,
     /// Byte offset of the table in the extent's file.
     pub(crate) at: u64,
     pub(crate) copy: TableCopy,
@@ -55,25 +117,27 @@ pub(crate) struct Table {
 }
 
 impl Table {
+    /// A table of 32-bit entries.
     pub(crate) fn new(entries: impl Iterator<Item = u32>, at: u64, copy: TableCopy) -> Self {
-        Self {
-            entries: entries.map(AtomicU32::new).collect(),
-            at,
-            copy,
-            referenced: AtomicBool::new(true),
-            dirty: AtomicU32::new(0),
-            pins: AtomicU32::new(0),
-        }
+        Self::with(Entries::narrow(entries), at, copy)
+    }
+
+    pub(crate) fn with(entries: Entries, at: u64, copy: TableCopy) -> Self {
+        Self { entries, at, copy, referenced: AtomicBool::new(true), dirty: AtomicU32::new(0), pins: AtomicU32::new(0) }
     }
 
     /// Bytes of memory that the table takes, roughly.
     pub(crate) fn weight(&self) -> usize {
-        self.entries.len() * 4 + 128
+        let size = match self.entries {
+            Entries::Narrow(_) => 4,
+            Entries::Wide(_) => 8,
+        };
+        self.entries.len() * size + 128
     }
 
     /// The entry as it stands in the file format. `Acquire`: who sees an entry sees the grain behind it.
-    pub(crate) fn entry(&self, index: usize) -> Option<u32> {
-        self.entries.get(index).map(|e| e.load(Ordering::Acquire))
+    pub(crate) fn entry(&self, index: usize) -> Option<u64> {
+        self.entries.get(index)
     }
 
     /// Notes that the table is in use. A store only when it changes something, so that readers share the line.
@@ -85,16 +149,15 @@ impl Table {
 
     /// Sets an entry. Under the extent's lock. Whether the table was clean before.
     pub(crate) fn set(&self, index: usize, value: u32) -> bool {
-        if let Some(e) = self.entries.get(index) {
-            e.store(value, Ordering::Release);
-        }
+        self.entries.set(index, value);
         self.mark_dirty(1 << (index / SECTOR_ENTRIES))
     }
 
     /// Marks every sector as different from the file. Under the extent's lock. Whether the table was clean before.
     pub(crate) fn set_all_dirty(&self) -> bool {
+        // At most 32: the 4096 entries of a COWD table.
         let sectors = self.entries.len().div_ceil(SECTOR_ENTRIES);
-        self.mark_dirty((1 << sectors) - 1)
+        self.mark_dirty((0..sectors).fold(0, |mask, n| mask | 1 << n))
     }
 
     fn mark_dirty(&self, sectors: u32) -> bool {
@@ -105,9 +168,10 @@ impl Table {
     pub(crate) fn take_dirty(&self) -> Vec<(u64, Vec<u8>)> {
         let dirty = self.dirty.swap(0, Ordering::Relaxed);
         let mut sectors = Vec::new();
-        for (n, entries) in self.entries.chunks(SECTOR_ENTRIES).enumerate() {
+        for n in 0..self.entries.len().div_ceil(SECTOR_ENTRIES) {
             if dirty & (1 << n) != 0 {
-                sectors.push((n as u64 * 512, encode(entries)));
+                let first = n * SECTOR_ENTRIES;
+                sectors.push((n as u64 * 512, self.entries.encode(first..first + SECTOR_ENTRIES)));
             }
         }
         sectors
@@ -132,11 +196,6 @@ impl Table {
     }
 }
 
-/// Entries as they stand in a file.
-pub(crate) fn encode(entries: &[AtomicU32]) -> Vec<u8> {
-    entries.iter().flat_map(|e| e.load(Ordering::Relaxed).to_le_bytes()).collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -152,5 +211,17 @@ mod tests {
         assert_eq!(dirty[1].1[508..], 7u32.to_le_bytes());
         assert!(t.take_dirty().is_empty());
         assert!(t.evictable());
+    }
+
+    #[test]
+    fn all_32_sectors_of_a_large_table_can_be_dirty() {
+        let t = Table::new((0..4096).map(|_| 0), 4096, TableCopy::None);
+        assert!(t.set_all_dirty());
+        t.set(4095, 5);
+        let dirty = t.take_dirty();
+        assert_eq!(dirty.len(), 32);
+        assert_eq!((dirty[31].0, &dirty[31].1[508..]), (31 * 512, 5u32.to_le_bytes().as_slice()));
+        t.set(4095, 6);
+        assert_eq!(t.take_dirty().iter().map(|(at, _)| *at).collect::<Vec<_>>(), [31 * 512]);
     }
 }

@@ -3,6 +3,7 @@
 #![allow(clippy::cast_possible_truncation, reason = "sizes in tests are small, and a wrong one fails the test")]
 
 mod chain;
+mod cowd;
 mod crash;
 mod create;
 mod faults;
@@ -10,4 +11,5 @@ mod fixtures;
 mod hostile;
 mod model;
 mod opening;
+mod se_sparse;
 mod stream;

@@ -50,7 +50,7 @@ fn any_call_may_fail_and_nothing_that_was_flushed_is_lost() {
 
 #[test]
 fn a_full_host_fails_the_writer_and_the_image_goes_on_when_there_is_space() {
-    for shape in [Shape::Sparse, Shape::SparseWithoutTables, Shape::Split] {
+    for shape in [Shape::Sparse, Shape::SparseWithoutTables, Shape::Split, Shape::Cowd(1), Shape::Cowd(3)] {
         let memory = Memory::new(image(shape), 1);
         let disk = open(&memory).unwrap();
         run(async {

@@ -6,7 +6,7 @@ use futures_executor::LocalPool;
 use futures_util::task::LocalSpawnExt;
 use std::cell::RefCell;
 use std::rc::Rc;
-use vmdk_parse::{GdOffset, HeaderFlags, Sectors, SparseHeader};
+use vmdk_parse::{CowdHeader, GdOffset, HeaderFlags, Sectors, SparseHeader};
 
 pub(crate) const OPTIONS: OpenOptions = OpenOptions {
     read_only: false,
@@ -31,10 +31,24 @@ pub(crate) enum Shape {
     Split,
     /// An empty child of a parent with larger grains, whose own parent is smaller than the disk and has larger ones still.
     Child,
+    /// A descriptor and a COWD extent with grains of this many sectors.
+    Cowd(u64),
+    /// A descriptor and two COWD extents, with grains of 3 sectors and of 1.
+    CowdPair,
 }
 
-pub(crate) const SHAPES: [Shape; 6] =
-    [Shape::Raw, Shape::Sparse, Shape::SparseWithoutCopy, Shape::SparseWithoutTables, Shape::Split, Shape::Child];
+pub(crate) const SHAPES: [Shape; 10] = [
+    Shape::Raw,
+    Shape::Sparse,
+    Shape::SparseWithoutCopy,
+    Shape::SparseWithoutTables,
+    Shape::Split,
+    Shape::Cowd(1),
+    Shape::Cowd(3),
+    Shape::Cowd(128),
+    Shape::CowdPair,
+    Shape::Child,
+];
 
 /// Bytes of a disk of any shape: several grain tables even with small grains.
 pub(crate) const DISK: u64 = 6 << 20;
@@ -42,7 +56,7 @@ pub(crate) const DISK: u64 = 6 << 20;
 /// A file name that the first file of every image has.
 pub(crate) const NAME: &str = "disk.vmdk";
 
-fn descriptor(extents: &str) -> String {
+pub(crate) fn descriptor(extents: &str) -> String {
     child_descriptor("parentCID=ffffffff", extents)
 }
 
@@ -95,6 +109,14 @@ pub(crate) fn sparse(sectors: u64, grain: u64, copy: bool, tables: bool, descrip
     file
 }
 
+/// A COWD extent of `sectors`, empty.
+pub(crate) fn cowd(sectors: u64, grain: u64) -> Vec<u8> {
+    let header = CowdHeader::new(Sectors(sectors), Sectors(grain)).unwrap();
+    let mut file = header.encode().unwrap().to_vec();
+    file.resize(header.free_sector.0 as usize * 512, 0);
+    file
+}
+
 /// An empty image of [`DISK`] bytes.
 pub(crate) fn image(shape: Shape) -> Vec<(String, Vec<u8>)> {
     let sectors = DISK / 512;
@@ -117,6 +139,19 @@ pub(crate) fn image(shape: Shape) -> Vec<(String, Vec<u8>)> {
                 ("s1.vmdk".to_owned(), sparse(third, 8, true, true, "")),
                 ("f2.vmdk".to_owned(), vec![0; (third as usize + 3) * 512]),
                 ("s3.vmdk".to_owned(), sparse(third, 128, true, true, "")),
+            ]
+        }
+        Shape::Cowd(grain) => {
+            let text = descriptor(&format!("RW {sectors} VMFSSPARSE \"delta.vmdk\""));
+            vec![(NAME.to_owned(), text.into_bytes()), ("delta.vmdk".to_owned(), cowd(sectors, grain))]
+        }
+        Shape::CowdPair => {
+            let half = sectors / 2;
+            let text = descriptor(&format!("RW {half} VMFSSPARSE \"s1.vmdk\"\nRW {half} SPARSE \"s2.vmdk\""));
+            vec![
+                (NAME.to_owned(), text.into_bytes()),
+                ("s1.vmdk".to_owned(), cowd(half, 3)),
+                ("s2.vmdk".to_owned(), cowd(half, 1)),
             ]
         }
         Shape::Child => {
@@ -229,6 +264,7 @@ pub(crate) async fn flush(disk: &Disk, memory: &Memory) -> Result<(), DiskError>
 pub(crate) fn faults(files: &[(String, Vec<u8>)], copies: bool) -> Vec<String> {
     let mut found = Vec::new();
     for (name, bytes) in files {
+        cowd_faults(name, bytes, copies, &mut found);
         let Ok(header) = SparseHeader::decode(bytes) else { continue };
         let GdOffset::At(gd) = header.gd_offset else { continue };
         let word = |at: u64| u64::from(u32::from_le_bytes(bytes[at as usize..at as usize + 4].try_into().unwrap()));
@@ -263,4 +299,46 @@ pub(crate) fn faults(files: &[(String, Vec<u8>)], copies: bool) -> Vec<String> {
         }
     }
     found
+}
+
+/// The same for a COWD extent: its tables and grains must lie beside each other and in front of what the header calls free.
+/// With `closed`, it must say so.
+fn cowd_faults(name: &str, bytes: &[u8], closed: bool, found: &mut Vec<String>) {
+    let Ok(header) = CowdHeader::decode(bytes) else { return };
+    let word = |at: u64| u64::from(u32::from_le_bytes(bytes[at as usize..at as usize + 4].try_into().unwrap()));
+    let geometry = header.geometry().unwrap();
+    let mut areas = vec![(0, 4 + header.directory_sectors().0, "header and directory".to_owned())];
+    for table in 0..u64::from(geometry.directory_len()) {
+        let gde = word(header.gd_offset.0 * 512 + table * 4);
+        if gde == 0 {
+            continue;
+        }
+        areas.push((gde, gde + 32, format!("table {table}")));
+        if (gde + 32) * 512 > bytes.len() as u64 {
+            found.push(format!("{name}: table {table} at sector {gde} is past the end"));
+            continue;
+        }
+        for entry in 0..4096 {
+            let gte = word(gde * 512 + entry * 4);
+            if gte != 0 {
+                areas.push((gte, gte + header.grain_size.0, format!("grain {table}/{entry}")));
+                if gte * 512 >= bytes.len() as u64 {
+                    found.push(format!("{name}: grain {table}/{entry} at sector {gte} is past the end"));
+                }
+            }
+        }
+    }
+    areas.sort_unstable();
+    for [(_, end, a), (start, _, b)] in areas.array_windows() {
+        if end > start {
+            found.push(format!("{name}: {a} and {b} overlap at sector {start}"));
+        }
+    }
+    let end = areas.last().unwrap().1;
+    if header.free_sector.0 < end {
+        found.push(format!("{name}: sector {} is free, and the last one used is {end}", header.free_sector.0));
+    }
+    if closed && (header.unclean_shutdown != 0 || header.free_sector.0 * 512 != bytes.len() as u64) {
+        found.push(format!("{name}: free sector {}, unclean {}", header.free_sector.0, header.unclean_shutdown));
+    }
 }
