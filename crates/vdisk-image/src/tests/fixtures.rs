@@ -35,9 +35,11 @@ pub(crate) enum Shape {
     Cowd(u64),
     /// A descriptor and two COWD extents, with grains of 3 sectors and of 1.
     CowdPair,
+    /// As `Child`, with a COWD extent on top, as ESX makes snapshots.
+    CowdChild,
 }
 
-pub(crate) const SHAPES: [Shape; 10] = [
+pub(crate) const SHAPES: [Shape; 11] = [
     Shape::Raw,
     Shape::Sparse,
     Shape::SparseWithoutCopy,
@@ -48,6 +50,7 @@ pub(crate) const SHAPES: [Shape; 10] = [
     Shape::Cowd(128),
     Shape::CowdPair,
     Shape::Child,
+    Shape::CowdChild,
 ];
 
 /// Bytes of a disk of any shape: several grain tables even with small grains.
@@ -154,7 +157,7 @@ pub(crate) fn image(shape: Shape) -> Vec<(String, Vec<u8>)> {
                 ("s2.vmdk".to_owned(), cowd(half, 1)),
             ]
         }
-        Shape::Child => {
+        Shape::Child | Shape::CowdChild => {
             let link = |name: &str, parent: &str, sectors: u64, grain| {
                 let text = child_descriptor(parent, &format!("RW {sectors} SPARSE \"{name}\""));
                 (name.to_owned(), sparse(sectors, grain, true, name != NAME, &text))
@@ -163,6 +166,11 @@ pub(crate) fn image(shape: Shape) -> Vec<(String, Vec<u8>)> {
             let base = filled(vec![link("base.vmdk", "parentCID=ffffffff", sectors * 2 / 3, 128)], 0, BASE_DATA);
             let parent = link("parent.vmdk", &of("base.vmdk"), sectors, 16);
             let parent = filled([vec![parent], base].concat(), 1, PARENT_DATA);
+            if shape == Shape::CowdChild {
+                let text = child_descriptor(&of("parent.vmdk"), &format!("RW {sectors} VMFSSPARSE \"delta.vmdk\""));
+                let top = vec![(NAME.to_owned(), text.into_bytes()), ("delta.vmdk".to_owned(), cowd(sectors, 5))];
+                return [top, parent].concat();
+            }
             [vec![link(NAME, &of("parent.vmdk"), sectors, 8)], parent].concat()
         }
     }
@@ -193,7 +201,7 @@ fn filled(files: Vec<(String, Vec<u8>)>, link: u64, runs: &[(u64, u64)]) -> Vec<
 /// What an image of [`image`] holds.
 pub(crate) fn content(shape: Shape) -> Vec<u8> {
     let mut bytes = vec![0; DISK as usize];
-    if shape == Shape::Child {
+    if matches!(shape, Shape::Child | Shape::CowdChild) {
         for (link, runs) in [(0, BASE_DATA), (1, PARENT_DATA)] {
             for n in runs.iter().flat_map(|(first, count)| *first..first + count) {
                 bytes[n as usize * 512..][..512].copy_from_slice(&sector(n << 1 | link));
