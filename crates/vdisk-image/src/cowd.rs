@@ -11,7 +11,7 @@ use crate::disk::Disk;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo, Files};
 use crate::flush::Step;
-use crate::open::Opening;
+use crate::link::Opening;
 use crate::scan::TableRun;
 use crate::sparse::{Parts, Sparse};
 use crate::wait::locked;

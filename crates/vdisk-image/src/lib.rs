@@ -23,6 +23,7 @@ mod flush;
 mod image;
 mod inflate;
 mod info;
+mod link;
 #[cfg(any(test, feature = "memory"))]
 pub mod memory;
 mod open;

@@ -4,7 +4,7 @@
 use crate::coding::Coding;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, Files};
-use crate::open::Opening;
+use crate::link::Opening;
 use crate::sparse::Parts;
 use vmdk_parse::{
     ExtentLine, ParseErrorKind, SE_SPARSE_ENTRY_SIZE, SE_SPARSE_GRAIN_SECTORS, SE_SPARSE_GTES_PER_GT, SECTOR_SIZE,

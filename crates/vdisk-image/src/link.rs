@@ -1,0 +1,362 @@
+//! Opening one link of a chain: which extents it has, and whether all of them can be served.
+
+use crate::change::Unclean;
+use crate::cowd;
+use crate::disk::size;
+use crate::error::{DiskError, ErrorKind};
+use crate::file_io::{FileId, Files};
+use crate::flush::Step;
+use crate::image::{Extent, Layout};
+use crate::info::{ExtentInfo, Format, Info};
+use crate::open::{OpenOptions, Parent};
+use crate::probe::{self, Kind};
+use crate::sparse::{Parts, Sparse};
+use crate::stream;
+use std::ops::Range;
+use vmdk_parse::{
+    Access, ContentId, Descriptor, ExtentKind, ExtentLine, ParseError, ParseErrorKind, SECTOR_SIZE, SparseHeader,
+    content_id_places,
+};
+
+/// Memory for grain tables: 16 MiB of them describe 256 GiB of a disk with 64 KiB grains.
+const TABLE_BYTES: usize = 16 << 20;
+
+/// However many extents there are, each gets this much.
+const TABLE_BYTES_AT_LEAST: usize = 64 << 10;
+
+/// A link of a chain that is open.
+pub(crate) struct Link {
+    pub(crate) extents: Vec<Extent>,
+    pub(crate) unclean: Vec<Unclean>,
+    pub(crate) content_id: Vec<Step>,
+    pub(crate) parent: Option<Parent>,
+    pub(crate) info: Info,
+}
+
+/// A link of a chain on its way to being open.
+pub(crate) struct Opening<'a, F: Files> {
+    files: &'a F,
+    options: &'a OpenOptions,
+    /// Refuse every change of this link.
+    pub(crate) read_only: bool,
+    /// By [`FileId`].
+    names: &'a mut Vec<String>,
+    /// Memory for the grain tables of each sparse extent.
+    table_memory: usize,
+    pub(crate) link: Link,
+}
+
+impl<'a, F: Files> Opening<'a, F> {
+    pub(crate) fn new(files: &'a F, options: &'a OpenOptions, read_only: bool, names: &'a mut Vec<String>) -> Self {
+        let info = Info {
+            format: Format::Vmdk,
+            subformat: None,
+            size: 0,
+            grain_size: None,
+            clean: true,
+            content_id: None,
+            parents: Vec::new(),
+            extents: Vec::new(),
+            notices: Vec::new(),
+        };
+        let (extents, unclean, content_id) = Default::default();
+        let link = Link { extents, unclean, content_id, parent: None, info };
+        Self { files, options, read_only, names, table_memory: TABLE_BYTES, link }
+    }
+
+    /// Opens the link whose first (or only) file is `image`.
+    pub(crate) async fn link(mut self, image: FileId, format: Option<Format>) -> Result<Link, DiskError> {
+        self.note(image);
+        let head = self.read(image, 0, probe::HEAD).await?;
+        match probe::probe(&self.name(image), self.len(image)?, &head, format)? {
+            Kind::Raw => self.raw(image)?,
+            Kind::SparseExtent => self.sparse_image(image).await?,
+            Kind::CowdExtent => self.cowd_alone(image).await?,
+            Kind::Descriptor => {
+                let len = self.len(image)?;
+                let (descriptor, text) = self.descriptor(image, 0, len).await?;
+                self.described(image, 0, &descriptor, &text).await?;
+            }
+        }
+        if self.link.info.size == 0 {
+            let what = format!("{}: the disk has no sectors", self.name(image));
+            return Err(DiskError::new(ErrorKind::NotAnImage, what));
+        }
+        Ok(self.link)
+    }
+
+    fn raw(&mut self, file: FileId) -> Result<(), DiskError> {
+        self.link.info.format = Format::Raw;
+        let len = self.len(file)?;
+        let size = len - len % SECTOR_SIZE;
+        if size < len {
+            self.link
+                .info
+                .notices
+                .push(format!("the last {} bytes are less than a sector and not part of the disk", len - size));
+        }
+        let line = ExtentLine { sectors: vmdk_parse::Sectors(size / SECTOR_SIZE), ..flat_line() };
+        self.push(&line, Layout::Flat { file, offset: 0 }, Some(file))
+    }
+
+    /// A file that begins with a sparse extent's header: with an embedded descriptor it is a whole image.
+    async fn sparse_image(&mut self, file: FileId) -> Result<(), DiskError> {
+        let name = self.name(file);
+        let header = self.header(file).await?;
+        let Some(place) = header.embedded_descriptor() else {
+            return Err(one_of_many(&name));
+        };
+        let file_len = self.len(file)?;
+        if place.end > file_len {
+            return Err(DiskError::new(
+                ErrorKind::Corrupt,
+                format!("{name}: the descriptor ends at byte {}, past the end of the file at {file_len}", place.end),
+            ));
+        }
+        let (descriptor, text) = self.descriptor(file, place.start, place.end - place.start).await?;
+        if descriptor.extents.is_empty() {
+            return Err(one_of_many(&name));
+        }
+        if header.only_wraps_descriptor() {
+            return self.described(file, place.start, &descriptor, &text).await;
+        }
+        self.describe(file, place.start, &descriptor, &text)?;
+        let [line] = descriptor.extents.as_slice() else {
+            return Err(DiskError::new(
+                ErrorKind::Unsupported,
+                format!("{name}: an embedded descriptor with {} extents", descriptor.extents.len()),
+            ));
+        };
+        // The file name means this file, whatever it says, and RDONLY only that a stream was exported.
+        let line = ExtentLine { access: Access::Rw, ..line.clone() };
+        self.sparse(&line, file, header).await
+    }
+
+    /// An image whose descriptor names its extents.
+    async fn described(
+        &mut self,
+        file: FileId,
+        at: u64,
+        descriptor: &Descriptor,
+        text: &[u8],
+    ) -> Result<(), DiskError> {
+        self.describe(file, at, descriptor, text)?;
+        let sparse = descriptor.extents.iter().filter(|line| is_sparse(line.kind)).count();
+        self.table_memory = (TABLE_BYTES / sparse.max(1)).max(TABLE_BYTES_AT_LEAST);
+        for (n, line) in (1..).zip(&descriptor.extents) {
+            self.extent(file, n, line).await?;
+        }
+        Ok(())
+    }
+
+    async fn extent(&mut self, by: FileId, n: usize, line: &ExtentLine) -> Result<(), DiskError> {
+        let unsupported = |what: String| Err(DiskError::new(ErrorKind::Unsupported, format!("extent {n}: {what}")));
+        match line.kind {
+            ExtentKind::Zero => return self.push(line, Layout::Zero, None),
+            ExtentKind::Flat | ExtentKind::Vmfs | ExtentKind::Sparse | ExtentKind::VmfsSparse => {}
+            ExtentKind::SeSparse => self.check_se_sparse(n, line)?,
+            kind @ (ExtentKind::VmfsRdm | ExtentKind::VmfsRaw) => {
+                return unsupported(format!("type {kind} is not supported yet: convert with qemu-img convert -O vmdk"));
+            }
+        }
+        let Some(name) = line.file.as_deref() else { return unsupported(format!("type {} without a file", line.kind)) };
+        let writable = !self.read_only && line.access == Access::Rw;
+        let file = self
+            .files
+            .open(by, name, writable)
+            .map_err(|e| DiskError::host(format!("extent {n}: open \"{name}\""), e))?;
+        self.note(file);
+        if line.kind == ExtentKind::SeSparse {
+            return self.se_sparse(line, file).await;
+        }
+        if is_sparse(line.kind) {
+            if self.read(file, 0, cowd::MAGIC.len() as u64).await? == cowd::MAGIC {
+                return self.cowd(line, file).await;
+            }
+            let header = self.header(file).await?;
+            return self.sparse(line, file, header).await;
+        }
+        let len = self.len(file)?;
+        let end = line.offset.checked_add(line.sectors).and_then(vmdk_parse::Sectors::bytes);
+        if end.is_none_or(|end| end > len) {
+            return Err(DiskError::new(
+                ErrorKind::Corrupt,
+                format!(
+                    "extent {n}: \"{name}\" has {len} bytes, but the descriptor puts {} from {} on into it",
+                    line.sectors, line.offset
+                ),
+            ));
+        }
+        let offset = line.offset.0 * SECTOR_SIZE;
+        self.push(line, Layout::Flat { file, offset }, Some(file))
+    }
+
+    async fn sparse(&mut self, line: &ExtentLine, file: FileId, mut header: SparseHeader) -> Result<(), DiskError> {
+        let name = self.name(file);
+        let read_only = self.is_read_only(line);
+        if header.capacity < line.sectors {
+            return Err(DiskError::new(
+                ErrorKind::Corrupt,
+                format!("{name}: the header says {}, but the descriptor {}", header.capacity, line.sectors),
+            ));
+        }
+        let stream = stream::open(self.files, file, &mut header, read_only, &mut self.link.info.notices).await?;
+        if header.unclean_shutdown {
+            self.link.info.clean = false;
+        }
+        let parts = Parts::hosted(&name, &header, stream, line.sectors, self.len(file)?, read_only)?;
+        if !read_only {
+            self.link.unclean.push(Unclean::hosted(file));
+        }
+        self.push_sparse(line, file, parts)
+    }
+
+    /// Whether an extent is not to be changed.
+    pub(crate) fn is_read_only(&self, line: &ExtentLine) -> bool {
+        self.read_only || line.access != Access::Rw
+    }
+
+    pub(crate) fn push_sparse(&mut self, line: &ExtentLine, file: FileId, parts: Parts) -> Result<(), DiskError> {
+        let grain = parts.grain;
+        self.link.info.grain_size = Some(self.link.info.grain_size.map_or(grain, |g| g.max(grain)));
+        let sparse = Sparse::new(file, self.name(file), parts, self.len(file)?, self.table_memory);
+        self.push(line, Layout::Sparse(Box::new(sparse)), Some(file))
+    }
+
+    fn push(&mut self, line: &ExtentLine, layout: Layout, file: Option<FileId>) -> Result<(), DiskError> {
+        let too_large = || DiskError::new(ErrorKind::Corrupt, "the extents together are larger than any disk");
+        let len = line.sectors.bytes().ok_or_else(too_large)?;
+        let start = self.link.info.size;
+        // Offsets on the host are signed.
+        self.link.info.size = start.checked_add(len).filter(|end| *end <= i64::MAX as u64).ok_or_else(too_large)?;
+        let offset = if let Layout::Flat { offset, .. } = layout { offset } else { 0 };
+        let file = file.map(|f| self.name(f));
+        self.link.info.extents.push(ExtentInfo { kind: line.kind, access: line.access, size: len, file, offset });
+        if len > 0 {
+            self.link.extents.push(Extent { start, len, access: line.access, layout });
+        }
+        Ok(())
+    }
+
+    /// Takes what the descriptor says about the whole image. `text` are its bytes, from byte `at` of `file` on.
+    fn describe(&mut self, file: FileId, at: u64, descriptor: &Descriptor, text: &[u8]) -> Result<(), DiskError> {
+        let name = self.name(file);
+        let unsupported = |what: String| Err(DiskError::new(ErrorKind::Unsupported, format!("{name}: {what}")));
+        self.link.info.subformat = Some(descriptor.create_type.clone());
+        self.link.info.content_id = descriptor.content_id;
+        self.link.parent = match (descriptor.parent_content_id, descriptor.parent_file_name_hint.as_deref()) {
+            (Some(content_id), Some(hint)) if !hint.is_empty() => Some(Parent { hint: hint.to_owned(), content_id }),
+            (None, None | Some("")) => None,
+            (Some(id), _) => {
+                let what = format!("{name}: has a parent of CID {id}, but does not say where (parentFileNameHint)");
+                return Err(DiskError::new(ErrorKind::Corrupt, what));
+            }
+            (None, Some(hint)) => {
+                let what = format!("{name}: names the parent \"{hint}\", but has no parentCID");
+                return Err(DiskError::new(ErrorKind::Corrupt, what));
+            }
+        };
+        if descriptor.extents.is_empty() {
+            return Err(DiskError::new(ErrorKind::Corrupt, format!("{name}: the descriptor lists no extents")));
+        }
+        if descriptor.change_track_path.is_some() && !self.read_only {
+            return unsupported("has change tracking, which a write would break: use --read-only".to_owned());
+        }
+        let places = content_id_places(text);
+        let Some(cid) = places.cid else {
+            self.link.info.notices.push("the descriptor has no single CID: it is not changed on writing".to_owned());
+            return Ok(());
+        };
+        // In place, so as many digits as there are: a text that moved could be torn by a crash.
+        let digits = cid.len();
+        let id = ContentId(self.options.new_content_id & (u32::MAX >> (32 - 4 * digits.clamp(1, 8))));
+        let mut put = |place: Range<usize>, text: String| {
+            self.link.content_id.push(Step::Write { file, offset: at + place.start as u64, bytes: text.into_bytes() });
+        };
+        put(cid, format!("{:0digits$x}", id.0));
+        if let Some(tail) = places.long_content_id_tail {
+            put(tail, id.to_string());
+        }
+        Ok(())
+    }
+
+    async fn header(&self, file: FileId) -> Result<SparseHeader, DiskError> {
+        let bytes = self.read(file, 0, SparseHeader::LEN as u64).await?;
+        SparseHeader::decode(&bytes).map_err(|e| self.bad_header(file, "sparse extent header", e))
+    }
+
+    /// The error for a header that could not be decoded.
+    pub(crate) fn bad_header(&self, file: FileId, what: &str, e: ParseError) -> DiskError {
+        let kind = match e.kind {
+            ParseErrorKind::UnsupportedVersion(_)
+            | ParseErrorKind::UnknownFlags(_)
+            | ParseErrorKind::Unsupported(_) => ErrorKind::Unsupported,
+            _ => ErrorKind::Corrupt,
+        };
+        DiskError::new(kind, format!("{}: {what}", self.name(file))).because(e)
+    }
+
+    async fn descriptor(&self, file: FileId, at: u64, len: u64) -> Result<(Descriptor, Vec<u8>), DiskError> {
+        let text = self.read(file, at, len.min(vmdk_parse::MAX_TEXT_BYTES)).await?;
+        let descriptor = Descriptor::decode(&text)
+            .map_err(|e| DiskError::new(ErrorKind::Corrupt, format!("{}: descriptor", self.name(file))).because(e))?;
+        Ok((descriptor, text))
+    }
+
+    /// Up to `len` bytes: fewer where the file ends.
+    pub(crate) async fn read(&self, file: FileId, at: u64, len: u64) -> Result<Vec<u8>, DiskError> {
+        let len = size(len.min(self.len(file)?.saturating_sub(at)));
+        let buf = self.files.alloc(len);
+        self.files
+            .read_at(file, &buf, 0..len, at)
+            .await
+            .map_err(|e| DiskError::host(format!("{}: read {len} bytes at {at}", self.name(file)), e))?;
+        let mut bytes = vec![0; len];
+        self.files.copy_out(&buf, 0, &mut bytes);
+        Ok(bytes)
+    }
+
+    /// Remembers a file that was opened.
+    fn note(&mut self, file: FileId) {
+        let index = size(u64::from(file.0));
+        if index >= self.names.len() {
+            self.names.resize(index + 1, String::new());
+        }
+        if let Some(name) = self.names.get_mut(index) {
+            *name = self.files.name(file);
+        }
+    }
+
+    pub(crate) fn name(&self, file: FileId) -> String {
+        self.files.name(file)
+    }
+
+    pub(crate) fn len(&self, file: FileId) -> Result<u64, DiskError> {
+        self.files.len(file).map_err(|e| DiskError::host(format!("{}: length", self.name(file)), e))
+    }
+}
+
+/// Whether the extent has grains and tables.
+fn is_sparse(kind: ExtentKind) -> bool {
+    match kind {
+        ExtentKind::Sparse | ExtentKind::VmfsSparse | ExtentKind::SeSparse => true,
+        ExtentKind::Flat | ExtentKind::Vmfs | ExtentKind::Zero | ExtentKind::VmfsRdm | ExtentKind::VmfsRaw => false,
+    }
+}
+
+fn one_of_many(name: &str) -> DiskError {
+    let text = format!("{name}: is one extent of a split image: open the .vmdk descriptor that lists it");
+    DiskError::new(ErrorKind::NotAnImage, text)
+}
+
+fn flat_line() -> ExtentLine {
+    ExtentLine {
+        access: Access::Rw,
+        sectors: vmdk_parse::Sectors(0),
+        kind: ExtentKind::Flat,
+        file: None,
+        offset: vmdk_parse::Sectors(0),
+        partition_uuid: None,
+        device_id: None,
+    }
+}
