@@ -15,6 +15,7 @@ mod in_use;
 mod info;
 mod list;
 mod logging;
+mod map;
 mod modules;
 mod open;
 mod options;
@@ -61,6 +62,7 @@ enum Verb {
     List(list::Args),
     Serve(serve::Args),
     Info(info::Args),
+    Map(map::Args),
 }
 
 fn main() -> ExitCode {
@@ -74,6 +76,7 @@ fn main() -> ExitCode {
             serve::run(args, cli.verbose).map_err(|e| (format!("serve {}", args.image.image.display()), e))
         }
         Verb::Info(args) => info::run(args, cli.verbose).map_err(|e| (format!("info {}", args.image.display()), e)),
+        Verb::Map(args) => map::run(args, cli.verbose).map_err(|e| (format!("map {}", args.image.display()), e)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -76,6 +76,12 @@ impl Table {
         self.entries.get(index).map(|e| e.load(Ordering::Acquire))
     }
 
+    /// How many entries are absent from `index` on, as far as `enough`.
+    pub(crate) fn absent(&self, index: usize, enough: u64) -> u64 {
+        let entries = self.entries.get(index..).unwrap_or_default();
+        (0..enough).zip(entries).take_while(|(_, e)| e.load(Ordering::Acquire) == 0).count() as u64
+    }
+
     /// Notes that the table is in use. A store only when it changes something, so that readers share the line.
     pub(crate) fn touch(&self) {
         if !self.referenced.load(Ordering::Relaxed) {

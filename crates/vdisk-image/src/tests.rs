@@ -7,6 +7,7 @@ mod crash;
 mod faults;
 mod fixtures;
 mod hostile;
+mod map;
 mod model;
 mod opening;
 mod stream;
