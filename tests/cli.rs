@@ -124,7 +124,7 @@ fn succeed(program: &str, args: &[&str]) -> String {
 
 #[test]
 fn every_verb_has_a_help_with_an_example() {
-    for verb in ["attach", "detach", "list", "serve", "info"] {
+    for verb in ["attach", "detach", "list", "serve", "info", "map"] {
         let output = vdisk(&[verb, "--help"]);
         assert_eq!(output.status.code(), Some(0), "{verb}");
         assert!(text(&output.stdout).contains("Example"), "{verb}");
@@ -170,7 +170,11 @@ fn bad_input_is_one_line_with_the_file_and_what_to_do_and_changes_nothing() {
     let before = scratch.contents();
     let socket = scratch.path("s");
     for (image, expected) in &cases {
-        let mut verbs = vec![vec!["info", image.as_str()], vec!["serve", image, "--socket", &socket]];
+        let mut verbs = vec![
+            vec!["info", image.as_str()],
+            vec!["map", "--json", image.as_str()],
+            vec!["serve", image, "--socket", &socket],
+        ];
         if is_root() {
             verbs.push(vec!["attach", image]);
         }

@@ -144,6 +144,100 @@ fn a_stream_that_qemu_writes_is_read_over_nbd() {
     assert!(refused.lines().count() == 1 && refused.contains("--read-only"), "{refused}");
 }
 
+/// Runs as qemu-img prints them, less what it says otherwise.
+fn runs(json: &str, normalise: impl Fn(&mut serde_json::Value)) -> Vec<serde_json::Value> {
+    let mut runs: Vec<serde_json::Value> = serde_json::from_str(json).unwrap();
+    runs.iter_mut().for_each(normalise);
+    // What is the same now may have been printed as several runs.
+    runs.dedup_by(|next, run| {
+        let end = |field: &str| run[field].as_u64().map(|n| n + run["length"].as_u64().unwrap());
+        let goes_on = end("start") == next["start"].as_u64()
+            && end("offset") == next["offset"].as_u64()
+            && ["depth", "data", "zero", "present", "compressed"].iter().all(|field| run[*field] == next[*field]);
+        if goes_on {
+            run["length"] = (run["length"].as_u64().unwrap() + next["length"].as_u64().unwrap()).into();
+        }
+        goes_on
+    });
+    runs
+}
+
+#[test]
+fn a_map_says_what_qemu_img_says() {
+    let dir = tempfile::tempdir().unwrap();
+    let images = fixtures(dir.path(), "96M");
+    // Whole grains, so that the host has no hole in one: near the ends, on both sides of the middle, in and out of order.
+    let mut written = String::new();
+    for image in images.iter().filter(|image| *image != "vmfs.vmdk") {
+        let (file, format) = for_qemu(image);
+        written += &format!(
+            "qemu-io -f {format} -c 'write 0 64k' -c 'write -P 3 40M 16M' -c 'write 20M 128k' -c 'write 19M 1M' \
+                -c 'write 100597760 64k' {file} >/dev/null\n"
+        );
+    }
+    sh(
+        dir.path(),
+        &format!(
+            r#"{written}
+            qemu-img create -q -f vmdk -b monolithicSparse.vmdk -F vmdk middle.vmdk
+            qemu-io -f vmdk -c 'write -P 7 41M 192k' -c 'write 60M 64k' middle.vmdk >/dev/null
+            qemu-img create -q -f vmdk -b middle.vmdk -F vmdk top.vmdk
+            qemu-io -f vmdk -c 'write -P 9 42991616 64k' -c 'write 70M 1M' top.vmdk >/dev/null
+            qemu-img create -q -f vmdk -o zeroed_grain=on,backing_file=middle.vmdk,backing_fmt=vmdk zeroed.vmdk
+            qemu-io -f vmdk -c 'write -z 41M 128k' -c 'write 50M 64k' zeroed.vmdk >/dev/null
+            qemu-img convert -O vmdk -o subformat=streamOptimized monolithicSparse.vmdk stream.vmdk"#
+        ),
+    );
+    let made = ["middle.vmdk", "top.vmdk", "zeroed.vmdk", "stream.vmdk"].map(str::to_owned);
+    for image in images.iter().chain(&made).filter(|image| *image != "vmfs.vmdk") {
+        let (file, format) = for_qemu(image);
+        let theirs = sh(dir.path(), &format!("qemu-img map --output=json -U -f {format} {file}"));
+        let theirs = runs(&theirs, |_| {});
+        let ours = sh(dir.path(), &format!("\"$vdisk\" map --json {image}"));
+        let ours = runs(&ours, |run| {
+            // Older versions of qemu-img name no files, and the path is ours.
+            run.as_object_mut().unwrap().remove("file");
+            // A hole of the host in a flat extent: qemu-img has it as data and zero at once, in a raw image as we do.
+            if format == "vmdk" && run["zero"] == true && run["offset"].is_u64() {
+                run["data"] = true.into();
+            }
+        });
+        assert_eq!(ours, theirs, "{image}");
+    }
+    let flat = sh(dir.path(), "\"$vdisk\" map monolithicFlat.vmdk");
+    let words = |line: &str| line.split_whitespace().map(str::to_owned).collect::<Vec<_>>();
+    let lines: Vec<_> = flat.lines().map(words).collect();
+    assert_eq!(lines[0], ["START", "LENGTH", "DEPTH", "WHAT", "FILE", "OFFSET"]);
+    assert_eq!(lines[1][..4], ["0", "65536", "0", "data"]);
+    assert!(lines[1][4].ends_with("/monolithicFlat-flat.vmdk") && lines[1][5] == "0", "{flat}");
+    assert_eq!(lines[2][3], "zero");
+    let widths: Vec<_> = flat.lines().map(|line| line.find("monolithic")).skip(1).collect();
+    assert!(widths.iter().all(|at| *at == widths[0]), "{flat}");
+}
+
+#[test]
+fn a_map_of_64_tib_is_there_at_once_and_its_reader_may_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let map = sh(
+        dir.path(),
+        r#"qemu-img create -q -f vmdk disk.vmdk 64T
+        qemu-io -f vmdk -c 'write 40T 64k' disk.vmdk >/dev/null
+        timeout 60 "$vdisk" map disk.vmdk"#,
+    );
+    let starts: Vec<_> = map.lines().map(|line| line.split_whitespace().next().unwrap()).collect();
+    assert_eq!(starts, ["START", "0", "43980465111040", "43980465176576"]);
+    // More than a pipe holds.
+    let left = sh(
+        dir.path(),
+        r#"truncate -s 64M raw
+        for ((n = 0; n < 64 << 20; n += 8192)); do echo "write $n 4096"; done | qemu-io -f raw raw >/dev/null
+        [ "$("$vdisk" map --format raw --json raw | wc -l)" = 16384 ]
+        { "$vdisk" map --format raw --json raw; echo "status $?" >status; } 2>&1 | head -c 1
+        cat status"#,
+    );
+    assert_eq!(left, "[status 0");
+}
+
 /// A stream that VMware wrote, read over NBD; `VDISK_SAMPLES` names the folder.
 fn sample_reads_as(name: &str, sum: &str) {
     let Some(folder) = std::env::var_os("VDISK_SAMPLES") else {

@@ -3,11 +3,9 @@
 use std::path::PathBuf;
 
 use serde::Serialize;
-use vdisk_image::{Format, Info, OpenOptions};
-use vdisk_io::OpenMode;
+use vdisk_image::{Format, Info};
 
 use crate::failure::{Failure, Result};
-use crate::location::Location;
 use crate::open::Opened;
 use crate::options::FormatChoice;
 use crate::size;
@@ -57,23 +55,9 @@ struct Extent {
 
 pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     crate::logging::to_stderr(verbose);
-    // Unlocked: also of an image that is attached.
-    let mode = OpenMode { writable: false, trust_paths: args.trust_paths, unlocked: true, ..OpenMode::default() };
-    let options = OpenOptions {
-        read_only: true,
-        format: args.format.wanted(),
-        cache_bytes: 0,
-        zeroout_unmaps: false,
-        // It is to show what is there.
-        ignore_parent_content_id: true,
-        new_content_id: 0,
-    };
-    let image = Opened::open_with(&Location::of(&args.image), mode, &options)?;
+    let image = Opened::open_to_look(&args.image, args.format, args.trust_paths)?;
     let allocated = image.files.host_space_used().map_err(|e| Failure::doing("host space used", &e))?;
     let info = image.disk.info();
-    for notice in &info.notices {
-        crate::notice(notice);
-    }
     let report = Report::new(info, allocated);
     if args.json { crate::print_json(&report) } else { crate::print(&report.text()) }
 }

@@ -16,6 +16,7 @@ mod info;
 mod list;
 mod location;
 mod logging;
+mod map;
 mod modules;
 mod open;
 mod options;
@@ -63,6 +64,7 @@ enum Verb {
     List(list::Args),
     Serve(serve::Args),
     Info(info::Args),
+    Map(map::Args),
 }
 
 fn main() -> ExitCode {
@@ -76,6 +78,7 @@ fn main() -> ExitCode {
             serve::run(args, cli.verbose).map_err(|e| (format!("serve {}", args.image.image.display()), e))
         }
         Verb::Info(args) => info::run(args, cli.verbose).map_err(|e| (format!("info {}", args.image.display()), e)),
+        Verb::Map(args) => map::run(args, cli.verbose).map_err(|e| (format!("map {}", args.image.display()), e)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -10,7 +10,7 @@ use vdisk_io::{BlockingIo, FileSet, HostFiles, OpenMode, block_on};
 
 use crate::failure::{Failure, Result, chain};
 use crate::location::Location;
-use crate::options::{DirectIo, ImageOptions, Zeroout};
+use crate::options::{DirectIo, FormatChoice, ImageOptions, Zeroout};
 use crate::overlay::{self, Overlay};
 
 /// An image that is open and locked.
@@ -72,6 +72,26 @@ impl Opened {
             }
             None => Ok(opened),
         }
+    }
+
+    /// Opens an image to say what it is, and passes its notices on.
+    pub(crate) fn open_to_look(path: &Path, format: FormatChoice, trust_paths: bool) -> Result<Self, OpenFailure> {
+        // Unlocked: also of an image that is attached.
+        let mode = OpenMode { writable: false, trust_paths, unlocked: true, ..OpenMode::default() };
+        let options = OpenOptions {
+            read_only: true,
+            format: format.wanted(),
+            cache_bytes: 0,
+            zeroout_unmaps: false,
+            // It is to show what is there.
+            ignore_parent_content_id: true,
+            new_content_id: 0,
+        };
+        let opened = Self::open_with(&Location::of(path), mode, &options)?;
+        for notice in &opened.disk.info().notices {
+            crate::notice(notice);
+        }
+        Ok(opened)
     }
 
     pub(crate) fn open_with(image: &Location, mode: OpenMode, options: &OpenOptions) -> Result<Self, OpenFailure> {

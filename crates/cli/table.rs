@@ -27,12 +27,14 @@ impl<const N: usize> fmt::Display for Table<N> {
         let all = || std::iter::once(&head).chain(&self.rows);
         let width = |column: usize| all().map(|row| row[column].chars().count()).max().unwrap_or(0);
         let widths: [usize; N] = std::array::from_fn(width);
-        for row in all() {
-            let line = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}  ")).collect::<String>();
-            writeln!(f, "{}", line.trim_end())?;
-        }
-        Ok(())
+        all().try_for_each(|row| writeln!(f, "{}", line(row, widths)))
     }
+}
+
+/// A row whose columns are at least this wide. What is too long to be a table takes its widths from elsewhere.
+pub(crate) fn line<const N: usize>(row: &[String; N], widths: [usize; N]) -> String {
+    let line = row.iter().zip(widths).map(|(cell, width)| format!("{cell:<width$}  ")).collect::<String>();
+    line.trim_end().to_owned()
 }
 
 #[cfg(test)]

@@ -73,40 +73,55 @@ pub(crate) struct Place<'a> {
     pub(crate) len: u64,
 }
 
+/// Which link of a chain decides what begins at a byte of the disk, and what it says.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Found<'a> {
+    /// 0 is the top, 1 its parent, and so on.
+    pub(crate) depth: usize,
+    /// In that link; `None` for zeroes that no link has. Links above it have nothing in all of the place.
+    pub(crate) place: Option<Place<'a>>,
+    /// Never [`Mapping::Parent`].
+    pub(crate) mapping: Mapping,
+}
+
 impl Chain {
-    /// Where the bytes begin to be, in whatever link: never [`Mapping::Parent`]. The place is that of the link.
+    /// Where the bytes begin to be, in whatever link.
     ///
     /// # Errors
     ///
     /// As of [`Image::locate`] and [`Place::map`].
-    pub(crate) fn find(&self, offset: u64, len: u64) -> Result<(Place<'_>, Mapping), DiskError> {
-        let place = self.top.locate(offset, len)?;
-        match place.map()? {
-            Mapping::Parent { len } => {
-                let (below, found) = self.find_below(offset, len)?;
-                Ok((below.unwrap_or(place), found))
-            }
-            found => Ok((place, found)),
-        }
+    pub(crate) fn find(&self, offset: u64, len: u64) -> Result<Found<'_>, DiskError> {
+        self.find_from(0, offset, len)
     }
 
-    /// As [`Chain::find`], below the top. No place goes with zeroes that no link has.
+    /// As [`Chain::find`], from the link at depth `first` on down.
     ///
     /// # Errors
     ///
     /// As of [`Chain::find`].
-    pub(crate) fn find_below(&self, offset: u64, len: u64) -> Result<(Option<Place<'_>>, Mapping), DiskError> {
-        let mut len = len;
-        for parent in &self.parents {
+    pub(crate) fn find_from(&self, first: usize, offset: u64, len: u64) -> Result<Found<'_>, DiskError> {
+        let (mut depth, mut len) = (first, len);
+        if depth == 0 {
+            let place = self.top.locate(offset, len)?;
+            match place.map()? {
+                Mapping::Parent { len: less } => len = less,
+                mapping => return Ok(Found { depth, place: Some(place), mapping }),
+            }
+            depth = 1;
+        }
+        for parent in self.parents.iter().skip(depth - 1) {
             // A parent may be smaller than its child, which has zeroes there whatever comes further down.
-            let Some(inside) = parent.size().checked_sub(offset).filter(|inside| *inside > 0) else { break };
+            let Some(inside) = parent.size().checked_sub(offset).filter(|inside| *inside > 0) else {
+                return Ok(Found { depth, place: None, mapping: Mapping::Zero { len } });
+            };
             let place = parent.locate(offset, len.min(inside))?;
             match place.map()? {
                 Mapping::Parent { len: less } => len = less,
-                found => return Ok((Some(place), found)),
+                mapping => return Ok(Found { depth, place: Some(place), mapping }),
             }
+            depth += 1;
         }
-        Ok((None, Mapping::Zero { len }))
+        Ok(Found { depth: self.parents.len(), place: None, mapping: Mapping::Zero { len } })
     }
 }
 

@@ -50,5 +50,5 @@ pub use file_io::{FileId, FileIo, Files, Stored};
 pub use info::{ExtentInfo, Format, Info};
 pub use open::OpenOptions;
 pub use request::{Flags, Geometry, Op, Request};
-pub use span::Span;
+pub use span::{Run, RunKind, Span};
 pub use vmdk_parse::{Access, ContentId, ExtentKind};

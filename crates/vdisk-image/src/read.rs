@@ -4,7 +4,7 @@ use crate::cache::{Cached, MAX_GRAIN};
 use crate::disk::{Disk, size};
 use crate::error::DiskError;
 use crate::file_io::{FileId, FileIo};
-use crate::image::{Grain, Layout, Mapping, Place};
+use crate::image::{Found, Grain, Layout, Mapping, Place};
 use crate::inflate::{Packed, Packs};
 use crate::sparse::MetaRef;
 use futures_util::future::{join, join_all};
@@ -47,12 +47,7 @@ pub(crate) fn push(runs: &mut Runs, run: Run) {
 
 impl Disk {
     pub(crate) async fn read<I: FileIo>(&self, io: &I, offset: u64, len: u64, buf: &I::Buf) -> Result<(), DiskError> {
-        self.read_by(io, offset, len, buf, |offset, len| {
-            let (place, mapping) = self.chain.find(offset, len)?;
-            Ok((Some(place), mapping))
-        })
-        .await
-        .map(drop)
+        self.read_by(io, offset, len, buf, |offset, len| self.chain.find(offset, len)).await.map(drop)
     }
 
     /// Reads what the top link's parents have. Whether there is anything but zeroes that no link has.
@@ -63,7 +58,7 @@ impl Disk {
         len: u64,
         buf: &I::Buf,
     ) -> Result<bool, DiskError> {
-        self.read_by(io, offset, len, buf, |offset, len| self.chain.find_below(offset, len)).await
+        self.read_by(io, offset, len, buf, |offset, len| self.chain.find_from(1, offset, len)).await
     }
 
     async fn read_by<'a, I: FileIo>(
@@ -72,13 +67,13 @@ impl Disk {
         offset: u64,
         len: u64,
         buf: &I::Buf,
-        find: impl Fn(u64, u64) -> Result<(Option<Place<'a>>, Mapping), DiskError>,
+        find: impl Fn(u64, u64) -> Result<Found<'a>, DiskError>,
     ) -> Result<bool, DiskError> {
         let mut runs = Runs::new();
         let mut packs = Packs::new();
         let mut done = 0;
         while done < len {
-            let (place, mapping) = find(offset + done, len - done)?;
+            let Found { place, mapping, .. } = find(offset + done, len - done)?;
             match mapping {
                 Mapping::NeedMeta(meta) => {
                     if let Some(place) = place {

@@ -11,6 +11,7 @@ use crate::image::{Grain, Mapping};
 use crate::stream::Stream;
 use crate::table::{PAGE_ENTRIES, Page, Table, TableCopy};
 use crate::wait::locked;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
 use vmdk_parse::{GdOffset, SECTOR_SIZE, Sectors, SparseHeader};
@@ -183,23 +184,31 @@ impl Sparse {
         (grain / self.gtes, entry, offset % self.grain)
     }
 
-    /// Where the range is. Pure. The answer never crosses the end of a grain.
+    /// Where the range is. Pure. The answer never crosses the end of a grain, unless it is that the parent has it.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Corrupt`] for an entry that points outside the data area.
     pub(crate) fn map(&self, offset: u64, len: u64) -> Result<Mapping, DiskError> {
         let (table, entry, skip) = self.split(offset);
-        let len = len.min(self.grain - skip);
+        let asked = len;
+        let len = asked.min(self.grain - skip);
+        // Absent grains are counted as far as was asked: far more of a disk is absent than anything else.
+        let parent = |grains: u64| Mapping::Parent { len: asked.min(grains.saturating_mul(self.grain) - skip) };
         let found = match self.stream.as_ref().and_then(|s| s.index.as_ref()) {
-            Some(index) => Ok(index.entry(offset / self.grain)),
+            Some(index) => match index.absent(offset / self.grain) {
+                0 => Ok(index.entry(offset / self.grain)),
+                grains => return Ok(parent(grains)),
+            },
             None => {
-                let value = match self.table(table, |t| t.entry(entry).unwrap_or(0)) {
-                    Lookup::Table(value) => value,
-                    Lookup::Absent => 0,
+                let enough = (skip + asked).div_ceil(self.grain);
+                let look = |t: &Arc<Table>| (t.entry(entry).unwrap_or(0), t.absent(entry, enough));
+                match self.table(table, look) {
+                    Lookup::Table((_, grains @ 1..)) => return Ok(parent(grains)),
+                    Lookup::Table((value, 0)) => self.coding.grain(value).map_err(|e| (value, e)),
+                    Lookup::Absent => return Ok(parent(self.absent_from(table, entry, enough, None))),
                     Lookup::Need(meta) => return Ok(Mapping::NeedMeta(meta)),
-                };
-                self.coding.grain(value).map_err(|e| (value, e))
+                }
             }
         };
         let corrupt = |what: String| {
@@ -208,7 +217,7 @@ impl Sparse {
         };
         let start = match found {
             Ok(Entry::At(start)) => start,
-            Ok(Entry::Absent) => return Ok(Mapping::Parent { len }),
+            Ok(Entry::Absent) => return Ok(parent(1)),
             Ok(Entry::Zeroed) => return Ok(Mapping::Zero { len }),
             Err((value, e)) => return Err(corrupt(format!("is {value:#x}")).because(e)),
         };
@@ -249,6 +258,30 @@ impl Sparse {
             None | Some(0) => Lookup::Absent,
             Some(_) => Lookup::Need(MetaRef::Table(table)),
         }
+    }
+
+    /// How many grains are absent from `entry` of `table` on, in tables that do not exist or lie in `hole`, a part of the file
+    /// that is zeroes. Looks no further than for `enough` grains, nor past the table's page of the directory.
+    fn absent_from(&self, table: u64, entry: usize, enough: u64, hole: Option<&Range<u64>>) -> u64 {
+        let is_empty = |table: &u64| match (self.table(*table, |_| ()), hole) {
+            (Lookup::Absent, _) => true,
+            (Lookup::Need(meta @ MetaRef::Table(_)), Some(hole)) => {
+                self.place_of(meta).is_ok_and(|(at, _, len)| hole.start <= at && at + len <= hole.end)
+            }
+            (Lookup::Need(_) | Lookup::Table(()), _) => false,
+        };
+        let entry = entry as u64;
+        let enough = (entry + enough).div_ceil(self.gtes).min(PAGE_ENTRIES - table % PAGE_ENTRIES);
+        let tables = (table..table + enough).take_while(is_empty).count() as u64;
+        (tables * self.gtes).saturating_sub(entry)
+    }
+
+    /// How many bytes from an offset in the extent on are absent because the tables there lie in `hole`, a part of the file
+    /// that is zeroes. Looks at `len` bytes at most.
+    pub(crate) fn absent_by_hole(&self, offset: u64, len: u64, hole: &Range<u64>) -> u64 {
+        let (table, entry, skip) = self.split(offset);
+        let grains = self.absent_from(table, entry, (skip + len).div_ceil(self.grain), Some(hole));
+        len.min(grains.saturating_mul(self.grain).saturating_sub(skip))
     }
 
     /// The loaded directory page of a table, and the table's index in it.

@@ -47,6 +47,12 @@ impl Stream {
 }
 
 impl Index {
+    /// How many grains are absent from this one on.
+    pub(crate) fn absent(&self, grain: u64) -> u64 {
+        let next = self.grains.partition_point(|g| g.0 < grain);
+        self.grains.get(next).map_or(u64::MAX, |g| g.0 - grain)
+    }
+
     /// The grain's entry, as a table would have it.
     pub(crate) fn entry(&self, grain: u64) -> Entry {
         let found = self.grains.binary_search_by_key(&grain, |g| g.0).ok();

@@ -140,6 +140,12 @@ impl Table {
         self.entries.get(index)
     }
 
+    /// How many entries are absent from `index` on, as far as `enough`.
+    pub(crate) fn absent(&self, index: usize, enough: u64) -> u64 {
+        // 0 is absent in every format.
+        (0..enough).zip(index..).take_while(|(_, n)| self.entries.get(*n) == Some(0)).count() as u64
+    }
+
     /// Notes that the table is in use. A store only when it changes something, so that readers share the line.
     pub(crate) fn touch(&self) {
         if !self.referenced.load(Ordering::Relaxed) {

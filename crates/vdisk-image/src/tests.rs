@@ -9,6 +9,7 @@ mod create;
 mod faults;
 mod fixtures;
 mod hostile;
+mod map;
 mod model;
 mod opening;
 mod se_sparse;

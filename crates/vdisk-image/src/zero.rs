@@ -8,7 +8,7 @@ use crate::cache::GrainKey;
 use crate::disk::{Disk, size};
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo};
-use crate::image::Mapping;
+use crate::image::{Found, Mapping};
 use crate::read::{Run, Runs, push};
 use futures_util::future::join_all;
 use std::io;
@@ -64,9 +64,11 @@ impl Disk {
                     Mapping::NeedMeta(meta) => self.load_at(io, place, meta).await?,
                     Mapping::Zero { len } => done += len,
                     Mapping::Parent { len } if how == Zeroing::Discard => done += len,
-                    Mapping::Parent { len } => match self.chain.find_below(offset + done, len)? {
-                        (Some(below), Mapping::NeedMeta(meta)) => self.load_at(io, below, meta).await?,
-                        (_, Mapping::Zero { len }) => done += len,
+                    Mapping::Parent { len } => match self.chain.find_from(1, offset + done, len)? {
+                        Found { place: Some(below), mapping: Mapping::NeedMeta(meta), .. } => {
+                            self.load_at(io, below, meta).await?;
+                        }
+                        Found { mapping: Mapping::Zero { len }, .. } => done += len,
                         _ => done += self.hide_parent(io, offset + done, enough - done).await?,
                     },
                     Mapping::Compressed { file, record, .. } => {

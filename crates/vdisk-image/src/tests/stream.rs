@@ -2,7 +2,7 @@
 
 use super::fixtures::{NAME, OPTIONS, open, open_with, read, request, run, run_all};
 use crate::memory::{Memory, Random};
-use crate::{Disk, DiskError, ErrorKind, FileId, Op, OpenOptions};
+use crate::{Disk, DiskError, ErrorKind, FileId, Op, OpenOptions, Run, RunKind};
 use std::cell::RefCell;
 use std::io::Write;
 use std::rc::Rc;
@@ -341,6 +341,9 @@ fn compressed_grains_are_data_and_absent_ones_are_holes() {
         .map(|at| run(disk.span(&memory, at, disk.geometry().size - at)).map(|s| (s.hole, s.len)).unwrap())
         .to_vec();
     assert_eq!(spans, [(true, 3 * 4096), (false, 2 * 4096), (true, 38 * 4096)]);
+    // Wherever the grains are: one run.
+    let packed = run(disk.map(&memory, 3 * 4096, disk.geometry().size - 3 * 4096)).unwrap();
+    assert_eq!(packed, Run { len: 2 * 4096, depth: 0, kind: RunKind::Compressed { file: FileId(0) } });
 }
 
 #[test]
