@@ -185,10 +185,11 @@ fn a_map_says_what_qemu_img_says() {
             qemu-io -f vmdk -c 'write -P 9 42991616 64k' -c 'write 70M 1M' top.vmdk >/dev/null
             qemu-img create -q -f vmdk -o zeroed_grain=on,backing_file=middle.vmdk,backing_fmt=vmdk zeroed.vmdk
             qemu-io -f vmdk -c 'write -z 41M 128k' -c 'write 50M 64k' zeroed.vmdk >/dev/null
+            qemu-img create -q -f vmdk -b middle.vmdk -F vmdk longer.vmdk 128M
             qemu-img convert -O vmdk -o subformat=streamOptimized monolithicSparse.vmdk stream.vmdk"#
         ),
     );
-    let made = ["middle.vmdk", "top.vmdk", "zeroed.vmdk", "stream.vmdk"].map(str::to_owned);
+    let made = ["middle.vmdk", "top.vmdk", "zeroed.vmdk", "longer.vmdk", "stream.vmdk"].map(str::to_owned);
     for image in images.iter().chain(&made).filter(|image| *image != "vmfs.vmdk") {
         let (file, format) = for_qemu(image);
         let theirs = sh(dir.path(), &format!("qemu-img map --output=json -U -f {format} {file}"));

@@ -76,7 +76,7 @@ pub(crate) struct Place<'a> {
 /// Which link of a chain decides what begins at a byte of the disk, and what it says.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Found<'a> {
-    /// 0 is the top, 1 its parent, and so on.
+    /// 0 is the top, 1 its parent, and so on; for zeroes that no link has the last one that reaches so far.
     pub(crate) depth: usize,
     /// In that link; `None` for zeroes that no link has. Links above it have nothing in all of the place.
     pub(crate) place: Option<Place<'a>>,
@@ -112,7 +112,7 @@ impl Chain {
         for parent in self.parents.iter().skip(depth - 1) {
             // A parent may be smaller than its child, which has zeroes there whatever comes further down.
             let Some(inside) = parent.size().checked_sub(offset).filter(|inside| *inside > 0) else {
-                return Ok(Found { depth, place: None, mapping: Mapping::Zero { len } });
+                return Ok(Found { depth: depth - 1, place: None, mapping: Mapping::Zero { len } });
             };
             let place = parent.locate(offset, len.min(inside))?;
             match place.map()? {

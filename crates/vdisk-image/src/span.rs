@@ -20,7 +20,7 @@ pub struct Span {
 pub struct Run {
     /// Bytes.
     pub len: u64,
-    /// The link that decides: 0 is the image itself, 1 its parent, and so on. For [`RunKind::Hole`] the last one that was asked.
+    /// The link that decides: 0 is the image itself, 1 its parent, and so on. For [`RunKind::Hole`] the last one that reaches so far.
     pub depth: usize,
     /// How it has it.
     pub kind: RunKind,
