@@ -336,12 +336,37 @@ fn an_overlay_that_does_not_fit_is_refused_and_none_is_left_behind() {
         dir.path(),
         r#"qemu-img create -q -f vmdk a.vmdk 1M; qemu-img create -q -f vmdk b.vmdk 1M; qemu-img create -q -f vmdk -b a.vmdk -F vmdk of-a.vmdk
         refused() { if "$vdisk" serve "$@" --socket s 2>said; then return 1; fi; test $(wc -l <said) = 1; }
-        refused --overlay of-a.vmdk b.vmdk; grep -q CID said
+        refused --overlay of-a.vmdk b.vmdk; grep -q 'an overlay of "a.vmdk"' said
+        cp a.vmdk before; qemu-io -c 'write 0 512' a.vmdk >/dev/null; refused --overlay of-a.vmdk a.vmdk; grep -q CID said
+        mv before a.vmdk
         refused --overlay b.vmdk a.vmdk; grep -q 'no parent' said
+        truncate -s 1M one.img two.img; (options="--overlay of-one.vmdk" serving one.img true)
+        refused --overlay of-one.vmdk two.img; grep -q 'one.img' said && grep -q 'two.img' said
+        mkdir a.vmdk.lck; touch a.vmdk.lck/M1.lck; refused --overlay new.vmdk a.vmdk; grep -q 'a.vmdk.lck' said; rm -r a.vmdk.lck new.vmdk
         refused --overlay a.vmdk a.vmdk; grep -q 'itself' said
         refused --overlay nowhere/o.vmdk a.vmdk; grep -q 'nowhere/o.vmdk' said
         refused --overlay new.vmdk missing.vmdk; grep -q 'missing.vmdk' said; test ! -e new.vmdk
-        head -c 4096 /dev/urandom >noise.vmdk; refused --overlay new.vmdk noise.vmdk; test ! -e new.vmdk"#,
+        head -c 4096 /dev/urandom >noise.vmdk; refused --overlay new.vmdk noise.vmdk; test ! -e new.vmdk
+        test -z "$(find . -name '.*.new')""#,
+    );
+}
+
+/// Of two who make the same overlay at once, one has it and the other is told so; nobody writes to a file that is gone.
+#[test]
+fn an_overlay_that_two_make_at_once_is_there_and_one_has_it() {
+    let dir = tempfile::tempdir().unwrap();
+    sh(
+        dir.path(),
+        r#"qemu-img create -q -f vmdk base.vmdk 64M; chmod 640 base.vmdk
+        for round in {1..12}; do
+            rm -f over.vmdk one.log two.log
+            for n in one two; do "$vdisk" serve --overlay over.vmdk base.vmdk --socket $n 2>$n.log & eval $n=$!; done
+            until grep -q listening one.log two.log; do sleep 0.01; done
+            until grep -q 'in use by another process' one.log two.log; do sleep 0.01; done
+            test -e over.vmdk; test $(stat -c %a over.vmdk) = 640; grep -h 'in use' one.log two.log | grep -q over.vmdk
+            kill $one $two 2>/dev/null || true; wait $one || true; wait $two || true
+            qemu-img check -q over.vmdk
+        done"#,
     );
 }
 

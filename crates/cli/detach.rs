@@ -11,6 +11,7 @@ use rustix::fs::OFlags;
 
 use crate::failure::{Failure, Result};
 use crate::in_use::Tree;
+use crate::location::Location;
 use crate::process::Process;
 use crate::state::{Books, State, StateDir};
 
@@ -66,7 +67,8 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<(), (String, Failure)> {
 
 /// Finds what is meant by a device or an image.
 fn find(what: &Path, states: Vec<State>) -> Result<State> {
-    let real = fs::canonicalize(what).or_else(|_| std::path::absolute(what)).unwrap_or_else(|_| what.to_owned());
+    let real =
+        Location::of(what).real_path().or_else(|_| std::path::absolute(what)).unwrap_or_else(|_| what.to_owned());
     let image = real.to_string_lossy();
     let is_meant = |s: &State| s.device == real || s.device.file_name() == Some(what.as_os_str()) || s.image == image;
     let mut found = states.into_iter().filter(is_meant);

@@ -45,23 +45,20 @@ impl Opened {
                 {
                     return Err(OpenFailure::plain(Failure::new("is the overlay itself: name another file for it")));
                 }
-                let made = match overlay.exists() {
-                    true => None,
-                    false => {
-                        let info = Self::base_info(&image, mode, &disk_options)?;
-                        Some(overlay::make_file(overlay, &image, &info, random()).map_err(OpenFailure::plain)?)
-                    }
-                };
-                let files = HostFiles::open(overlay, mode).map_err(|e| OpenFailure::host(overlay, e))?;
-                let opened = Self::open_over(files, &image, &disk_options)?;
-                made.into_iter().for_each(overlay::Made::keep);
-                opened
+                if !overlay.exists() {
+                    let info = Self::base_info(&image, mode, &disk_options)?;
+                    overlay::make_file(overlay, &image, &info, random()).map_err(OpenFailure::plain)?;
+                }
+                let name = overlay::hint(overlay, &image).map_err(|e| OpenFailure::host(image.path(), e))?;
+                // The line names the image at its beginning, and this is about another file.
+                let files = HostFiles::open(overlay, mode).map_err(|e| OpenFailure::host(Path::new(""), e))?;
+                Self::open_over(files, &image, &name, &disk_options)?
             }
             Some(Overlay::Temporary) => {
                 let info = Self::base_info(&image, mode, &disk_options)?;
                 let (file, name) = overlay::make_temporary(&info, random()).map_err(OpenFailure::plain)?;
                 let files = HostFiles::of_unnamed(file, &name, mode).map_err(|e| OpenFailure::host(&name, e))?;
-                Self::open_over(files, &image, &disk_options)?
+                Self::open_over(files, &image, overlay::TEMPORARY_BASE, &disk_options)?
             }
         };
         let refused = opened.files.iter().find(|(_, file)| file.direct_fd().is_none());
@@ -104,10 +101,11 @@ impl Opened {
     fn open_over(
         (files, overlay): (HostFiles, FileId),
         image: &Location,
+        name: &str,
         options: &OpenOptions,
     ) -> Result<Self, OpenFailure> {
         let base = image.open_as_base(&files).map_err(|e| OpenFailure::host(image.path(), e))?;
-        let disk = block_on(Disk::open_overlay(&files, overlay, base, options));
+        let disk = block_on(Disk::open_overlay(&files, overlay, base, name, options));
         let disk = disk.map_err(|e| OpenFailure::disk(image.path(), &e))?;
         Ok(Self { files: files.into_set(), disk: Arc::new(disk) })
     }
@@ -161,7 +159,8 @@ pub(crate) fn real_path(options: &ImageOptions) -> Result<PathBuf> {
 fn random() -> u32 {
     let mut bytes = [0; 4];
     match rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty()) {
-        Ok(_) => u32::from_ne_bytes(bytes),
+        // All ones say that there is none.
+        Ok(_) => u32::from_ne_bytes(bytes).min(u32::MAX - 1),
         // It is to differ from other images' only.
         Err(_) => std::process::id(),
     }

@@ -48,7 +48,7 @@ pub use disk::Disk;
 pub use error::{DiskError, ErrorKind};
 pub use file_io::{FileId, FileIo, Files, Stored};
 pub use info::{ExtentInfo, Format, Info};
-pub use open::OpenOptions;
+pub use open::{NO_CONTENT_ID, OpenOptions};
 pub use request::{Flags, Geometry, Op, Request};
 pub use span::{Run, RunKind, Span};
 pub use vmdk_parse::{Access, ContentId, ExtentKind};

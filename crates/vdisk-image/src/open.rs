@@ -43,24 +43,27 @@ impl Disk {
     }
 
     /// Opens a child VMDK over a base that is given, instead of the parent that the child names. The base may be any image, and
-    /// is only read; `options.format` is about it. Both files are open already.
+    /// is only read; `options.format` is about it. Both files are open already. A base without a content ID has
+    /// [`NO_CONTENT_ID`] in its overlays.
     ///
     /// # Errors
     ///
-    /// As of [`Disk::open`]; [`ErrorKind::Corrupt`] if the child is one of another image.
+    /// As of [`Disk::open`]; [`ErrorKind::Corrupt`] if the child is one of another image, [`ErrorKind::InvalidRequest`] if it says so: the last part of its
+    /// parentFileNameHint has to be that of `name`.
     pub async fn open_overlay<F: Files>(
         files: &F,
         overlay: FileId,
         base: FileId,
+        name: &str,
         options: &OpenOptions,
     ) -> Result<Self, DiskError> {
-        Self::open_chain(files, overlay, Some(base), options).await
+        Self::open_chain(files, overlay, Some((base, name)), options).await
     }
 
     async fn open_chain<F: Files>(
         files: &F,
         image: FileId,
-        base: Option<FileId>,
+        base: Option<(FileId, &str)>,
         options: &OpenOptions,
     ) -> Result<Self, DiskError> {
         let mut names = Vec::new();
@@ -70,7 +73,7 @@ impl Disk {
         let mut expected = top.parent.take();
         if base.is_some() && expected.is_none() {
             let what = format!("{}: is not an overlay: it has no parent", files.name(image));
-            return Err(DiskError::new(ErrorKind::Corrupt, what));
+            return Err(DiskError::new(ErrorKind::InvalidRequest, what));
         }
         while let Some(parent) = expected {
             if parents.len() + 1 == MAX_LINKS {
@@ -79,7 +82,10 @@ impl Disk {
             }
             let given = base.filter(|_| parents.is_empty());
             let file = match given {
-                Some(base) => base,
+                Some((base, name)) => {
+                    parent.check_name(&files.name(image), name)?;
+                    base
+                }
                 None => files.open_parent(child, &parent.hint).map_err(|e| {
                     DiskError::host(format!("{}: open its parent \"{}\"", files.name(child), parent.hint), e)
                 })?,
@@ -92,13 +98,9 @@ impl Disk {
                 let what = format!("{overlay}: has {} bytes, but {base} has {}", top.info.size, link.info.size);
                 return Err(DiskError::new(ErrorKind::Corrupt, what));
             }
-            if given.is_some() && link.info.format == Format::Raw {
-                // It has no content ID.
-                top.info.parents.push(files.name(file));
-                parents.push(link.image());
-                break;
-            }
-            if let Some(notice) = parent.check(files, options, child, file, link.info.content_id)? {
+            let found = link.info.content_id.filter(|id| *id != ContentId::NO_PARENT);
+            let found = found.or(given.is_some().then_some(NO_CONTENT_ID));
+            if let Some(notice) = parent.check(files, options, child, file, found)? {
                 top.info.notices.push(notice);
             }
             top.info.parents.push(files.name(file));
@@ -119,7 +121,20 @@ pub(crate) struct Parent {
     pub(crate) content_id: ContentId,
 }
 
+/// What overlays call the content ID of a base that has none: raw images, extents by themselves.
+pub const NO_CONTENT_ID: ContentId = ContentId(1);
+
 impl Parent {
+    /// Whether an overlay is one of the image of this name.
+    fn check_name(&self, overlay: &str, name: &str) -> Result<(), DiskError> {
+        let last = |path: &str| path.rsplit(['/', '\\']).next().map(str::to_owned);
+        if last(&self.hint) == last(name) {
+            return Ok(());
+        }
+        let what = format!("{overlay}: is an overlay of \"{}\", and not of \"{name}\"", self.hint);
+        Err(DiskError::new(ErrorKind::InvalidRequest, what))
+    }
+
     /// Whether the parent is as it was when the child was made. Answers with what the user should know if that is not asked for.
     fn check<F: Files>(
         &self,

@@ -206,7 +206,8 @@ impl Sparse {
                 match self.table(table, look) {
                     Lookup::Table((_, grains @ 1..)) => return Ok(parent(grains)),
                     Lookup::Table((value, 0)) => self.coding.grain(value).map_err(|e| (value, e)),
-                    Lookup::Absent => return Ok(parent(self.absent_from(table, entry, enough, None))),
+                    // Somebody may make the table between the two looks: this grain was absent at the first one.
+                    Lookup::Absent => return Ok(parent(self.absent_from(table, entry, enough, None).max(1))),
                     Lookup::Need(meta) => return Ok(Mapping::NeedMeta(meta)),
                 }
             }

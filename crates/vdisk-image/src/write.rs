@@ -110,9 +110,11 @@ impl Disk {
             [ref run] => self.write_run(io, run, buf).await,
             _ => join_all(batch.runs.iter().map(|run| self.write_run(io, run, buf))).await.into_iter().collect(),
         };
+        // Whether the place itself refused what was written to it.
+        let mut refused = result.is_err();
         for gap in &batch.gaps {
             if result.is_ok() {
-                result = self.fill_gap(io, gap).await;
+                (result, refused) = self.fill_gap(io, gap).await;
             }
         }
         for run in &batch.runs {
@@ -129,11 +131,11 @@ impl Disk {
                 ticket.publish();
                 continue;
             }
-            // The place may hold a part of the data. On a full host it can be given out again once it reads as zeroes; one
-            // that could not be written for another reason is better left alone.
+            // The place may hold a part of the data. On a full host, or if it was the parent that could not be read, it can be
+            // given out again once it reads as zeroes; one that could not be written is better left alone.
             let (at, len) = ticket.place();
             let full = result.as_ref().is_err_and(|e| e.kind() == ErrorKind::NoSpace);
-            if full && io.punch_hole(ticket.file(), at, len).await.is_ok() {
+            if (full || !refused) && io.punch_hole(ticket.file(), at, len).await.is_ok() {
                 ticket.give_back();
             }
         }
@@ -146,19 +148,25 @@ impl Disk {
         })
     }
 
-    /// Copies what is below a gap into it. The place reads as zeroes: those are not copied.
-    async fn fill_gap<I: FileIo>(&self, io: &I, gap: &Gap) -> Result<(), DiskError> {
+    /// Copies what is below a gap into it; whether it failed by writing. The place reads as zeroes: those are not copied.
+    async fn fill_gap<I: FileIo>(&self, io: &I, gap: &Gap) -> (Result<(), DiskError>, bool) {
         let mut done = 0;
         while done < gap.len {
             let piece = (gap.len - done).min(COPY);
             let buf = io.alloc(size(piece));
-            if self.read_below(io, gap.offset + done, piece, &buf).await? {
-                let run = Run { file: gap.file, at: gap.at + done, start: 0, len: piece, grain: None };
-                self.write_run(io, &run, &buf).await?;
+            match self.read_below(io, gap.offset + done, piece, &buf).await {
+                Err(e) => return (Err(e), false),
+                Ok(false) => {}
+                Ok(true) => {
+                    let run = Run { file: gap.file, at: gap.at + done, start: 0, len: piece, grain: None };
+                    if let Err(e) = self.write_run(io, &run, &buf).await {
+                        return (Err(e), true);
+                    }
+                }
             }
             done += piece;
         }
-        Ok(())
+        (Ok(()), false)
     }
 
     /// Extends an extent's file, so that grains can be given out in it.

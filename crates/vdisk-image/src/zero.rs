@@ -64,11 +64,12 @@ impl Disk {
                     Mapping::NeedMeta(meta) => self.load_at(io, place, meta).await?,
                     Mapping::Zero { len } => done += len,
                     Mapping::Parent { len } if how == Zeroing::Discard => done += len,
-                    Mapping::Parent { len } => match self.chain.find_from(1, offset + done, len)? {
-                        Found { place: Some(below), mapping: Mapping::NeedMeta(meta), .. } => {
+                    Mapping::Parent { len } => match self.chain.find_from(1, offset + done, len) {
+                        Ok(Found { place: Some(below), mapping: Mapping::NeedMeta(meta), .. }) => {
                             self.load_at(io, below, meta).await?;
                         }
-                        Found { mapping: Mapping::Zero { len }, .. } => done += len,
+                        Ok(Found { mapping: Mapping::Zero { len }, .. }) => done += len,
+                        // What cannot be read is hidden like anything else.
                         _ => done += self.hide_parent(io, offset + done, enough - done).await?,
                     },
                     Mapping::Compressed { file, record, .. } => {

@@ -45,7 +45,7 @@ impl Archive {
         // No direct I/O: members begin at sectors, and end anywhere.
         let file = HostFile::new(file, path.to_owned(), false, false)?;
         if !mode.unlocked {
-            locks::lock(&file)?;
+            locks::lock(&file, false)?;
         }
         let members = members(file.file(), file.len()?)
             .map_err(|e| io::Error::new(e.kind(), format!("{}: {e}", path.display())))?;

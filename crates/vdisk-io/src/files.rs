@@ -126,7 +126,7 @@ impl HostFiles {
             ));
         }
         if self.mode.writable || !self.mode.unlocked {
-            locks::lock(&file)?;
+            locks::lock(&file, self.mode.writable)?;
         }
         drop(files);
         self.add(file, names)

@@ -64,11 +64,15 @@ impl Gate {
             opened => (hint, opened?),
         };
         let (file, path) = opened;
-        let directory = self.directory_of_name(name);
+        let directory = match self.trust_paths {
+            // Links may have been followed: names in the parent are beside the file that was found.
+            true => directory_of(&path, &file),
+            false => self.directory_of_name(name),
+        };
         Ok((Self { directory, trust_paths: self.trust_paths, without_openat2: self.without_openat2 }, file, path))
     }
 
-    /// The directory that a name which was let through leads to.
+    /// The directory that a name which was let through leads to, without links.
     fn directory_of_name(&self, name: &str) -> Option<(PathBuf, OwnedFd)> {
         let (path, directory) = self.directory.as_ref()?;
         let above = match Path::new(name).parent() {
@@ -76,10 +80,7 @@ impl Gate {
             _ => ".",
         };
         let flags = OFlag::O_PATH | OFlag::O_DIRECTORY | OFlag::O_CLOEXEC;
-        let opened = match self.trust_paths {
-            true => openat(directory, above, flags, Mode::empty()).ok()?,
-            false => self.open_beneath(directory, above, flags | OFlag::O_NOFOLLOW).ok()?,
-        };
+        let opened = self.open_beneath(directory, above, flags | OFlag::O_NOFOLLOW).ok()?;
         Some((if above == "." { path.clone() } else { path.join(above) }, opened))
     }
 

@@ -45,15 +45,14 @@ const WRITER: Claim = Claim { uses: &[ConsistentRead, Write, Resize], excludes: 
 const FIRST_USED: i64 = 100;
 const FIRST_EXCLUDED: i64 = 200;
 
-/// Locks a file for as long as it is open.
+/// Locks a file for as long as it is open. `changing`: something is written that builds on the file, or the file itself, so that
+/// VMware's locks matter.
 ///
 /// # Errors
 ///
 /// [`io::ErrorKind::ResourceBusy`] if another process uses it in a way that excludes ours.
-pub(crate) fn lock(file: &HostFile) -> io::Result<()> {
-    if file.is_writable()
-        && let Some(lock) = vmware_lock(file.path())
-    {
+pub(crate) fn lock(file: &HostFile, changing: bool) -> io::Result<()> {
+    if changing && let Some(lock) = vmware_lock(file.path()) {
         let (file, lock) = (file.path().display(), lock.display());
         return Err(io::Error::new(
             io::ErrorKind::ResourceBusy,
@@ -298,12 +297,14 @@ mod tests {
             release(named);
         }
         hold(&extent);
-        let files = open(&path, true).unwrap();
-        // As a parent it is only read.
+        let files = open(&path, false).unwrap();
         files.open(vdisk_image::FileId(0), "disk-s001.vmdk", false).unwrap();
         drop(files);
-        let e = open(&path, true).unwrap().open(vdisk_image::FileId(0), "disk-s001.vmdk", true).unwrap_err();
-        assert!(e.kind() == io::ErrorKind::ResourceBusy && e.to_string().contains("disk-s001.vmdk.lck"), "{e}");
+        // Also where it is only read: what is written to a child builds on its parent.
+        for writable in [true, false] {
+            let e = open(&path, true).unwrap().open(vdisk_image::FileId(0), "disk-s001.vmdk", writable).unwrap_err();
+            assert!(e.kind() == io::ErrorKind::ResourceBusy && e.to_string().contains("disk-s001.vmdk.lck"), "{e}");
+        }
     }
 
     #[test]

@@ -160,3 +160,30 @@ fn a_raw_parent_is_refused() {
     ];
     assert_eq!(refused(files).0, ErrorKind::NotAnImage);
 }
+
+/// A parent that cannot be read fails the write, as often as it is tried, and takes no space each time.
+#[test]
+fn a_write_that_needs_what_cannot_be_read_leaks_nothing() {
+    let mut files = image(Shape::Child);
+    // The first entry of the base's first table leads far away.
+    let header = vmdk_parse::SparseHeader::decode(&files[2].1).unwrap();
+    let vmdk_parse::GdOffset::At(gd) = header.gd_offset else { panic!() };
+    let table = u32::from_le_bytes(files[2].1[gd.0 as usize * 512..][..4].try_into().unwrap()) as usize * 512;
+    files[2].1[table..table + 4].copy_from_slice(&0x00ff_ff80_u32.to_le_bytes());
+    let memory = Memory::new(files, 0);
+    let disk = open(&memory).unwrap();
+    run(async {
+        let e = write(&disk, &memory, 1000, &[1; 512]).await.unwrap_err();
+        assert_eq!(e.kind(), ErrorKind::Corrupt, "{e}");
+        let len = memory.files()[0].1.len();
+        for _ in 0..1000 {
+            write(&disk, &memory, 1000, &[1; 512]).await.unwrap_err();
+        }
+        assert_eq!(memory.files()[0].1.len(), len);
+        // Zeroes over it need nothing of it, and then there is something to write to.
+        request(&disk, &memory, Op::WriteZeroes, 0, 4096, &RefCell::default()).await.unwrap();
+        write(&disk, &memory, 1000, &[1; 512]).await.unwrap();
+        let got = read(&disk, &memory, 0, 4096).await.unwrap();
+        assert!(got.iter().enumerate().all(|(n, b)| *b == u8::from((1000..1512).contains(&n))));
+    });
+}

@@ -3,6 +3,8 @@
 use super::fixtures::{
     DISK, NAME, OPTIONS, Shape, cowd, descriptor, faults, flush, image, open, open_with, read, run, write,
 };
+use crate::allocate::Plan;
+use crate::image::{Layout, Mapping};
 use crate::memory::Memory;
 use crate::{DiskError, ErrorKind, OpenOptions};
 use vmdk_parse::CowdHeader;
@@ -304,4 +306,44 @@ fn every_truncation_is_refused_or_read_without_panic() {
             let _ = run(write(&disk, &memory, offset, &[1; 4096]));
         }
     }
+}
+
+/// A reader that finds no table and counts how far there is none, while a writer makes it.
+#[test]
+fn a_table_that_is_made_during_a_look_up_is_no_empty_answer() {
+    use std::sync::atomic::{AtomicU64, Ordering};
+    const TABLES: u64 = 1000;
+    let sectors = 4096 * (TABLES + 1);
+    let text = descriptor(&format!("RW {sectors} VMFSSPARSE \"delta.vmdk\""));
+    let files = vec![(NAME.to_owned(), text.into_bytes()), ("delta.vmdk".to_owned(), cowd(sectors, 1))];
+    let memory = Memory::new(files, 0);
+    let disk = open(&memory).unwrap();
+    run(async { write(&disk, &memory, 0, &[5; 512]).await.unwrap() });
+    let Layout::Sparse(extent) = &disk.chain.top.extents[0].layout else { panic!() };
+    extent.grown(Some(1 << 30));
+    let next = AtomicU64::new(1);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            loop {
+                let table = next.load(Ordering::Relaxed);
+                if table == TABLES {
+                    return;
+                }
+                let found = extent.map(table * 4096 * 512 + 100, 50).unwrap();
+                assert!(!matches!(found, Mapping::Parent { len: 0 }));
+            }
+        });
+        for table in 1..TABLES {
+            next.store(table, Ordering::Relaxed);
+            for _ in 0..200 {
+                std::hint::spin_loop();
+            }
+            match extent.plan_write(table * 4096 * 512, 512).unwrap() {
+                Plan::Write { ticket: Some(ticket), .. } => ticket.publish(),
+                Plan::Need(meta) => run(disk.load(&memory, extent, meta)).unwrap(),
+                other => panic!("{other:?}"),
+            }
+        }
+        next.store(TABLES, Ordering::Relaxed);
+    });
 }

@@ -46,11 +46,11 @@ fn what_is_written_to_an_overlay_is_there_and_the_base_is_untouched() {
     for shape in SHAPES {
         let base = image(shape);
         let id = run(Disk::open(&Memory::new(base.clone(), 0), FileId(0), &OPTIONS)).unwrap().info().content_id;
-        let overlay = file(&new(DISK, Some((id.unwrap_or(ContentId(1)), base[0].0.clone()))));
+        let overlay = file(&new(DISK, Some((id.unwrap_or(crate::NO_CONTENT_ID), base[0].0.clone()))));
         let files = [base.clone(), vec![("overlay".to_owned(), overlay)]].concat();
         let top = FileId(base.len() as u32);
         let memory = Memory::new(files, 0);
-        let disk = run(Disk::open_overlay(&memory, top, FileId(0), &OPTIONS)).unwrap();
+        let disk = run(Disk::open_overlay(&memory, top, FileId(0), &base[0].0, &OPTIONS)).unwrap();
         let mut expected = content(shape);
         expected[1000..300_000].fill(3);
         run(async {
@@ -60,7 +60,7 @@ fn what_is_written_to_an_overlay_is_there_and_the_base_is_untouched() {
         });
         assert!(memory.files()[..base.len()] == base, "{shape:?}: the base was changed");
         let again = Memory::new(memory.files(), 0);
-        let disk = run(Disk::open_overlay(&again, top, FileId(0), &OPTIONS)).unwrap();
+        let disk = run(Disk::open_overlay(&again, top, FileId(0), &base[0].0, &OPTIONS)).unwrap();
         assert!(run(read(&disk, &again, 0, DISK)).unwrap() == expected, "{shape:?}: after a new attach");
     }
 }
@@ -71,10 +71,14 @@ fn an_overlay_of_another_base_is_refused() {
     for (size, id, expected) in [(DISK, 5, "CID"), (DISK + 512, 0x0bad_cafe, "bytes")] {
         let overlay = file(&new(size, Some((ContentId(id), NAME.to_owned()))));
         let memory = Memory::new([base.clone(), vec![("overlay".to_owned(), overlay)]].concat(), 0);
-        let e = run(Disk::open_overlay(&memory, FileId(1), FileId(0), &OPTIONS)).unwrap_err();
+        let e = run(Disk::open_overlay(&memory, FileId(1), FileId(0), NAME, &OPTIONS)).unwrap_err();
         assert!(e.to_string().contains(expected), "{e}");
     }
+    let overlay = file(&new(DISK, Some((ContentId(0x0bad_cafe), "a/other.vmdk".to_owned()))));
+    let memory = Memory::new([base.clone(), vec![("overlay".to_owned(), overlay)]].concat(), 0);
+    let e = run(Disk::open_overlay(&memory, FileId(1), FileId(0), NAME, &OPTIONS)).unwrap_err();
+    assert!(e.to_string().contains("a/other.vmdk"), "{e}");
     // And an image that is nobody's child.
     let memory = Memory::new([base.clone(), base].concat(), 0);
-    assert!(run(Disk::open_overlay(&memory, FileId(1), FileId(0), &OPTIONS)).is_err());
+    assert!(run(Disk::open_overlay(&memory, FileId(1), FileId(0), NAME, &OPTIONS)).is_err());
 }
