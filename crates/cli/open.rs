@@ -222,7 +222,7 @@ fn hint(kind: ErrorKind, text: &str) -> Option<&'static str> {
         ErrorKind::Unsupported => Some("qemu-img convert -O vmdk may make one that is"),
         ErrorKind::Corrupt => Some("restore it from a copy"),
         ErrorKind::NotFound => Some("check the name, and that every file of the image is in its directory"),
-        ErrorKind::PermissionDenied => Some("run vdisk as a user who may, or try --read-only"),
+        ErrorKind::PermissionDenied => Some("run vdisk as a user who may; attach and serve need less with --read-only"),
         ErrorKind::Busy => Some("end the other process, or open both with --read-only"),
         ErrorKind::ReadOnly => Some("use --read-only"),
         ErrorKind::NoSpace => Some("make room on the file system"),

@@ -26,8 +26,8 @@ pub(crate) struct Args {
     /// Listen on a TCP address, without encryption or passwords
     #[arg(long, value_name = "ADDR:PORT", value_parser = address)]
     pub(crate) listen: Option<SocketAddr>,
-    /// Mount the disk's raw bytes as a file of this name, which is made if there is none. Only its user may open it. Needs no
-    /// root but /dev/fuse, and then fusermount3
+    /// Mount the disk's raw bytes as a file of this name, which is made if there is none. Only its user may open it. Needs
+    /// /dev/fuse, and where it is not started by root fusermount3
     #[arg(long, value_name = "PATH", conflicts_with_all = ["socket", "listen"])]
     pub(crate) fuse: Option<PathBuf>,
 }

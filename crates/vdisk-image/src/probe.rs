@@ -74,7 +74,9 @@ pub(crate) fn probe(name: &str, len: u64, head: &[u8], wanted: Option<Format>) -
         }
     }
     if head.get(257..262) == Some(b"ustar") {
-        return not("is a tar archive (an OVA?), not an image: unpack it, or --format raw takes its bytes as they are");
+        return not(&format!(
+            "is a tar archive (an OVA?): name the image in it, as in {name}:disk.vmdk; --format raw takes its bytes as they are"
+        ));
     }
     if lower.ends_with(".vmdk") && !lower.ends_with("-flat.vmdk") {
         return not(
