@@ -55,7 +55,7 @@ struct Extent {
 
 pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     crate::logging::to_stderr(verbose);
-    let image = Opened::open_to_look(&args.image, args.format, args.trust_paths)?;
+    let image = Opened::open_to_look(&args.image, args.format, args.trust_paths, true)?;
     let allocated = image.files.host_space_used().map_err(|e| Failure::doing("host space used", &e))?;
     let info = image.disk.info();
     let report = Report::new(info, allocated);

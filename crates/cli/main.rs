@@ -8,6 +8,7 @@
 mod attach;
 mod attach_fuse;
 mod attach_nbd;
+mod check;
 mod detach;
 mod failure;
 mod hygiene;
@@ -23,6 +24,7 @@ mod options;
 mod overlay;
 mod partitions;
 mod process;
+mod progress;
 mod report;
 mod serve;
 mod serve_fuse;
@@ -65,6 +67,7 @@ enum Verb {
     Serve(serve::Args),
     Info(info::Args),
     Map(map::Args),
+    Check(check::Args),
 }
 
 fn main() -> ExitCode {
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
             serve::run(args, cli.verbose).map_err(|e| (format!("serve {}", args.image.image.display()), e))
         }
         Verb::Info(args) => info::run(args, cli.verbose).map_err(|e| (format!("info {}", args.image.display()), e)),
+        Verb::Check(args) => check::run(args, cli.verbose).map_err(|e| (format!("check {}", args.image.display()), e)),
         Verb::Map(args) => map::run(args, cli.verbose).map_err(|e| (format!("map {}", args.image.display()), e)),
     };
     match done {

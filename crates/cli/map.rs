@@ -52,7 +52,7 @@ struct Entry<'a> {
 
 pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     crate::logging::to_stderr(verbose);
-    let image = Opened::open_to_look(&args.image, args.format, args.trust_paths)?;
+    let image = Opened::open_to_look(&args.image, args.format, args.trust_paths, false)?;
     let io = BlockingIo::new(image.files.clone());
     let size = image.geometry().size;
     let names: Vec<String> = image.files.iter().map(|(_, file)| file.path().display().to_string()).collect();

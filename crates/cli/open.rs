@@ -5,7 +5,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use vdisk_image::{Disk, DiskError, ErrorKind, FileId, FileIo, Flags, Geometry, Info, Op, OpenOptions, Request};
+use vdisk_image::{Disk, DiskError, ErrorKind, Fault, FileId, FileIo, Flags, Geometry, Info, Op, OpenOptions, Request};
 use vdisk_io::{BlockingIo, FileSet, HostFiles, OpenMode, block_on};
 
 use crate::failure::{Failure, Result, chain};
@@ -34,6 +34,7 @@ impl Opened {
             cache_bytes: options.cache_size,
             zeroout_unmaps: options.zeroout == Zeroout::Unmap,
             ignore_parent_content_id: options.ignore_parent_cid,
+            examine: false,
             new_content_id: random(),
         };
         let image = Location::of(&options.image);
@@ -71,24 +72,35 @@ impl Opened {
         }
     }
 
-    /// Opens an image to say what it is, and passes its notices on.
-    pub(crate) fn open_to_look(path: &Path, format: FormatChoice, trust_paths: bool) -> Result<Self, OpenFailure> {
+    /// Opens an image to say what it is, and passes its notices on. To `examine` is to go on without a parent that is not there.
+    pub(crate) fn open_to_look(
+        path: &Path,
+        format: FormatChoice,
+        trust_paths: bool,
+        examine: bool,
+    ) -> Result<Self, OpenFailure> {
         // Unlocked: also of an image that is attached.
         let mode = OpenMode { writable: false, trust_paths, unlocked: true, ..OpenMode::default() };
-        let options = OpenOptions {
-            read_only: true,
-            format: format.wanted(),
-            cache_bytes: 0,
-            zeroout_unmaps: false,
-            // It is to show what is there.
-            ignore_parent_content_id: true,
-            new_content_id: 0,
-        };
-        let opened = Self::open_with(&Location::of(path), mode, &options)?;
+        let opened = Self::open_with(&Location::of(path), mode, &to_read(format, examine))?;
         for notice in &opened.disk.info().notices {
             crate::notice(notice);
         }
         Ok(opened)
+    }
+
+    /// Opens an image to check it, or says what is so wrong that it cannot be.
+    pub(crate) fn open_to_check(
+        path: &Path,
+        format: FormatChoice,
+        trust_paths: bool,
+    ) -> Result<Result<Self, Fault>, OpenFailure> {
+        let mode = OpenMode { writable: false, trust_paths, ..OpenMode::default() };
+        let (files, id) = Location::of(path).open(mode).map_err(|e| OpenFailure::host(path, e))?;
+        match block_on(Disk::open(&files, id, &to_read(format, true))) {
+            Ok(disk) => Ok(Ok(Self { files: files.into_set(), disk: Arc::new(disk) })),
+            Err(e) if e.kind() == ErrorKind::Corrupt => Ok(Err(Fault::unreadable(&path.display().to_string(), &e))),
+            Err(e) => Err(OpenFailure::disk(path, &e)),
+        }
     }
 
     pub(crate) fn open_with(image: &Location, mode: OpenMode, options: &OpenOptions) -> Result<Self, OpenFailure> {
@@ -154,6 +166,19 @@ pub(crate) fn real_path(options: &ImageOptions) -> Result<PathBuf> {
         Ok(fs::canonicalize(above)?.join(overlay.file_name().unwrap_or_default()))
     });
     real.map_err(|e| OpenFailure::host(overlay, e).hinted())
+}
+
+/// An image that is not served: what is there is shown, whether the parents fit or not.
+fn to_read(format: FormatChoice, examine: bool) -> OpenOptions {
+    OpenOptions {
+        read_only: true,
+        format: format.wanted(),
+        cache_bytes: 0,
+        zeroout_unmaps: false,
+        ignore_parent_content_id: true,
+        examine,
+        new_content_id: 0,
+    }
 }
 
 fn random() -> u32 {

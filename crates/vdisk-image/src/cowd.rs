@@ -107,6 +107,8 @@ impl Parts {
             gtes,
             gd_at: directory,
             rgd_at: None,
+            copy_gd: None,
+            front: CowdHeader::LEN as u64,
             tables,
             overhead: CowdHeader::LEN as u64,
             unclean: header.unclean_shutdown != 0,
@@ -150,12 +152,17 @@ impl TableAreas {
         let overlap = starts.array_windows().find(|[a, b]| a + len > *b);
         match overlap {
             Some([_, second]) => Err(*second),
-            None => Ok(Self { starts, len, gap: 0..0 }),
+            None => Ok(Self::sorted(starts, len)),
         }
     }
 
+    /// Of tables that are in order and may overlap.
+    pub(crate) fn sorted(starts: Vec<u64>, len: u64) -> Self {
+        Self { starts, len, gap: 0..0 }
+    }
+
     /// Whether a grain lies where a table is.
-    fn overlaps(&mut self, at: u64, len: u64) -> bool {
+    pub(crate) fn overlaps(&mut self, at: u64, len: u64) -> bool {
         if self.gap.start <= at && at + len <= self.gap.end {
             return false;
         }

@@ -2,6 +2,7 @@
 
 use crate::cache::GrainCache;
 use crate::change::FirstChange;
+use crate::check::Fault;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo};
 use crate::flush::{self, FlushPlan, Rounds, Step};
@@ -22,6 +23,8 @@ pub struct Disk {
     pub(crate) geometry: Geometry,
     pub(crate) chain: Chain,
     pub(crate) info: Info,
+    /// What opening found to be wrong and went on.
+    pub(crate) faults: Vec<Fault>,
     pub(crate) files: Vec<File>,
     pub(crate) cache: GrainCache,
     pub(crate) first_change: FirstChange,

@@ -151,7 +151,7 @@ impl Disk {
 
     /// Inflates a grain until it ends, or until more than `enough` bytes of it are known. `take` gets the bytes in order
     /// with their offset in the grain; what it does not get of a good grain is zeroes.
-    async fn inflate<I: FileIo>(
+    pub(crate) async fn inflate<I: FileIo>(
         &self,
         io: &I,
         file: FileId,

@@ -13,6 +13,7 @@
 mod allocate;
 mod cache;
 mod change;
+mod check;
 mod coding;
 mod cowd;
 mod create;
@@ -36,6 +37,7 @@ mod span;
 mod sparse;
 mod stream;
 mod table;
+mod usage;
 mod wait;
 mod write;
 mod zero;
@@ -43,6 +45,7 @@ mod zero;
 #[cfg(test)]
 mod tests;
 
+pub use check::{CheckWatch, Fault, FaultKind, Leaks};
 pub use create::NewImage;
 pub use disk::Disk;
 pub use error::{DiskError, ErrorKind};

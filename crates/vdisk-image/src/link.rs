@@ -1,6 +1,7 @@
 //! Opening one link of a chain: which extents it has, and whether all of them can be served.
 
 use crate::change::Unclean;
+use crate::check::{Fault, FaultKind};
 use crate::cowd;
 use crate::disk::size;
 use crate::error::{DiskError, ErrorKind};
@@ -31,6 +32,8 @@ pub(crate) struct Link {
     pub(crate) content_id: Vec<Step>,
     pub(crate) parent: Option<Parent>,
     pub(crate) info: Info,
+    /// What is wrong and does not keep the link from being read.
+    pub(crate) faults: Vec<Fault>,
 }
 
 /// A link of a chain on its way to being open.
@@ -59,8 +62,8 @@ impl<'a, F: Files> Opening<'a, F> {
             extents: Vec::new(),
             notices: Vec::new(),
         };
-        let (extents, unclean, content_id) = Default::default();
-        let link = Link { extents, unclean, content_id, parent: None, info };
+        let (extents, unclean, content_id, faults) = Default::default();
+        let link = Link { extents, unclean, content_id, parent: None, info, faults };
         Self { files, options, read_only, names, table_memory: TABLE_BYTES, link }
     }
 
@@ -200,6 +203,11 @@ impl<'a, F: Files> Opening<'a, F> {
                 format!("{name}: the header says {}, but the descriptor {}", header.capacity, line.sectors),
             ));
         }
+        // Writers round up to a grain or do not.
+        if header.capacity.0.div_ceil(header.grain_size.0) > line.sectors.0.div_ceil(header.grain_size.0) {
+            let detail = format!("the header says {}, but the descriptor {}", header.capacity, line.sectors);
+            self.fault(FaultKind::Capacity, file, CAPACITY_AT, detail);
+        }
         let stream = stream::open(self.files, file, &mut header, read_only, &mut self.link.info.notices).await?;
         if header.unclean_shutdown {
             self.link.info.clean = false;
@@ -269,6 +277,19 @@ impl<'a, F: Files> Opening<'a, F> {
         };
         // In place, so as many digits as there are: a text that moved could be torn by a crash.
         let digits = cid.len();
+        if let Some(tail) = &places.long_content_id_tail
+            && !descriptor.create_type.eq_ignore_ascii_case("streamOptimized")
+        {
+            let number = |place: &Range<usize>| {
+                let text = text.get(place.clone()).and_then(|t| str::from_utf8(t).ok());
+                text.and_then(|t| u32::from_str_radix(t, 16).ok())
+            };
+            if number(&cid) != number(tail) {
+                let text = |place: &Range<usize>| String::from_utf8_lossy(text.get(place.clone()).unwrap_or_default());
+                let detail = format!("CID is {}, but longContentID ends in {}", text(&cid), text(tail));
+                self.fault(FaultKind::ContentId, file, at + tail.start as u64, detail);
+            }
+        }
         let id = ContentId(self.options.new_content_id & (u32::MAX >> (32 - 4 * digits.clamp(1, 8))));
         let mut put = |place: Range<usize>, text: String| {
             self.link.content_id.push(Step::Write { file, offset: at + place.start as u64, bytes: text.into_bytes() });
@@ -278,6 +299,10 @@ impl<'a, F: Files> Opening<'a, F> {
             put(tail, id.to_string());
         }
         Ok(())
+    }
+
+    fn fault(&mut self, kind: FaultKind, file: FileId, offset: u64, detail: String) {
+        self.link.faults.push(Fault { kind, file: self.name(file), offset: Some(offset), detail });
     }
 
     async fn header(&self, file: FileId) -> Result<SparseHeader, DiskError> {
@@ -335,6 +360,9 @@ impl<'a, F: Files> Opening<'a, F> {
         self.files.len(file).map_err(|e| DiskError::host(format!("{}: length", self.name(file)), e))
     }
 }
+
+/// Byte offset of `capacity` in a hosted header.
+const CAPACITY_AT: u64 = 12;
 
 /// Whether the extent has grains and tables.
 fn is_sparse(kind: ExtentKind) -> bool {

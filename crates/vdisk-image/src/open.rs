@@ -2,6 +2,7 @@
 
 use crate::cache::GrainCache;
 use crate::change::FirstChange;
+use crate::check::{Fault, FaultKind};
 use crate::disk::{Disk, File};
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, Files};
@@ -27,6 +28,9 @@ pub struct OpenOptions {
     pub zeroout_unmaps: bool,
     /// Attach a chain, read-only, although a parent has another content ID than its child expects.
     pub ignore_parent_content_id: bool,
+    /// The image is only to be examined, by [`Disk::info`] and [`Disk::check`]: a parent that is not as it should be is a fault
+    /// and a notice.
+    pub examine: bool,
     /// The content ID that the first change gives to a VMDK; random.
     pub new_content_id: u32,
 }
@@ -81,18 +85,18 @@ impl Disk {
                 return Err(DiskError::new(ErrorKind::Unsupported, what));
             }
             let given = base.filter(|_| parents.is_empty());
-            let file = match given {
-                Some((base, name)) => {
-                    parent.check_name(&files.name(image), name)?;
-                    base
+            let (file, mut link) = match parent.open(files, options, child, given, &mut names).await {
+                Err(e) if options.examine => {
+                    let fault = Fault::unreadable(&files.name(child), &e);
+                    top.info.notices.push(format!("{}: without its parent: {}", fault.file, fault.detail));
+                    // An overlay of what is no VMDK needs its base given, and is not wrong for that.
+                    if parent.content_id != NO_CONTENT_ID {
+                        top.faults.push(Fault { kind: FaultKind::Parent, ..fault });
+                    }
+                    break;
                 }
-                None => files.open_parent(child, &parent.hint).map_err(|e| {
-                    DiskError::host(format!("{}: open its parent \"{}\"", files.name(child), parent.hint), e)
-                })?,
+                opened => opened?,
             };
-            // A parent that an image names is never probed: a raw disk could look like anything.
-            let format = if given.is_some() { options.format } else { Some(Format::Vmdk) };
-            let mut link = Opening::new(files, options, true, &mut names).link(file, format).await?;
             if given.is_some() && link.info.size != top.info.size {
                 let (overlay, base) = (files.name(image), files.name(file));
                 let what = format!("{overlay}: has {} bytes, but {base} has {}", top.info.size, link.info.size);
@@ -101,8 +105,11 @@ impl Disk {
             let found = link.info.content_id.filter(|id| *id != ContentId::NO_PARENT);
             let found = found.or(given.is_some().then_some(NO_CONTENT_ID));
             if let Some(notice) = parent.check(files, options, child, file, found)? {
+                let file = files.name(child);
+                top.faults.push(Fault { kind: FaultKind::Parent, file, offset: None, detail: notice.clone() });
                 top.info.notices.push(notice);
             }
+            top.faults.append(&mut link.faults);
             top.info.parents.push(files.name(file));
             top.info.notices.append(&mut link.info.notices);
             top.info.grain_size = top.info.grain_size.max(link.info.grain_size);
@@ -125,6 +132,29 @@ pub(crate) struct Parent {
 pub const NO_CONTENT_ID: ContentId = ContentId(1);
 
 impl Parent {
+    /// Opens the parent of `child`, or the base that is `given` in its place with its name.
+    async fn open<F: Files>(
+        &self,
+        files: &F,
+        options: &OpenOptions,
+        child: FileId,
+        given: Option<(FileId, &str)>,
+        names: &mut Vec<String>,
+    ) -> Result<(FileId, Link), DiskError> {
+        let file = match given {
+            Some((base, name)) => {
+                self.check_name(&files.name(child), name)?;
+                base
+            }
+            None => files
+                .open_parent(child, &self.hint)
+                .map_err(|e| DiskError::host(format!("{}: open its parent \"{}\"", files.name(child), self.hint), e))?,
+        };
+        // A parent that an image names is never probed: a raw disk could look like anything.
+        let format = if given.is_some() { options.format } else { Some(Format::Vmdk) };
+        Ok((file, Opening::new(files, options, true, names).link(file, format).await?))
+    }
+
     /// Whether an overlay is one of the image of this name.
     fn check_name(&self, overlay: &str, name: &str) -> Result<(), DiskError> {
         let last = |path: &str| path.rsplit(['/', '\\']).next().map(str::to_owned);
@@ -154,7 +184,7 @@ impl Parent {
             files.name(file),
             self.content_id
         );
-        match options.ignore_parent_content_id && options.read_only {
+        match options.examine || options.ignore_parent_content_id && options.read_only {
             true => Ok(Some(what)),
             false => Err(DiskError::new(
                 ErrorKind::Corrupt,
@@ -189,6 +219,7 @@ impl Link {
             loading: Default::default(),
             inflating: Default::default(),
             info: self.info,
+            faults: self.faults,
         }
     }
 }

@@ -72,6 +72,8 @@ impl Parts {
             gtes,
             gd_at,
             rgd_at: None,
+            copy_gd: None,
+            front: SeSparseHeader::LEN as u64,
             tables,
             // Grains are counted from the start of their area.
             overhead: 0,

@@ -40,6 +40,10 @@ pub(crate) struct Sparse {
     /// Byte offsets of the directory and its redundant copy.
     pub(crate) gd_at: u64,
     pub(crate) rgd_at: Option<u64>,
+    /// Where the header says that the copy is, whether it is kept the same or not. Not checked.
+    pub(crate) copy_gd: Option<u64>,
+    /// Bytes of the header and the descriptor, at the beginning of the file.
+    pub(crate) front: u64,
     /// Tables in the directory.
     pub(crate) tables: u64,
     /// Bytes at the beginning of the file where no grain is.
@@ -66,6 +70,8 @@ pub(crate) struct Parts {
     pub(crate) gtes: u64,
     pub(crate) gd_at: u64,
     pub(crate) rgd_at: Option<u64>,
+    pub(crate) copy_gd: Option<u64>,
+    pub(crate) front: u64,
     pub(crate) tables: u64,
     pub(crate) overhead: u64,
     pub(crate) unclean: bool,
@@ -134,6 +140,8 @@ impl Parts {
             gtes: u64::from(header.gtes_per_gt),
             gd_at,
             rgd_at,
+            copy_gd: header.redundant().and_then(Sectors::bytes),
+            front: header.embedded_descriptor().map_or(0, |d| d.end).max(SparseHeader::LEN as u64),
             tables,
             overhead: header.overhead.bytes().unwrap_or(u64::MAX),
             unclean: header.unclean_shutdown,
@@ -153,6 +161,8 @@ impl Sparse {
             gtes: parts.gtes,
             gd_at: parts.gd_at,
             rgd_at: parts.rgd_at,
+            copy_gd: parts.copy_gd,
+            front: parts.front,
             tables: parts.tables,
             overhead: parts.overhead,
             unclean: parts.unclean,
@@ -164,6 +174,16 @@ impl Sparse {
             first_free: AtomicU64::new(u64::MAX),
             table_memory,
         }
+    }
+
+    /// Whether the grains are records of a stream.
+    pub(crate) fn is_compressed(&self) -> bool {
+        self.stream.is_some()
+    }
+
+    /// The grains of a stream that has no directory.
+    pub(crate) fn indexed_grains(&self) -> Option<impl Iterator<Item = u64>> {
+        Some(self.stream.as_ref()?.index.as_ref()?.grains())
     }
 
     /// Bytes of a table in the file.
@@ -297,7 +317,7 @@ impl Sparse {
     }
 
     /// Whether bytes that an entry of a grain table names belong to the header or the directory.
-    fn is_metadata(&self, at: u64, len: u64) -> bool {
+    pub(crate) fn is_metadata(&self, at: u64, len: u64) -> bool {
         let directory = self.gd_at..self.gd_at + self.directory_bytes();
         at < self.overhead
             // Elsewhere the overhead covers the directory.

@@ -47,6 +47,11 @@ impl Stream {
 }
 
 impl Index {
+    /// The grains that there are, in order.
+    pub(crate) fn grains(&self) -> impl Iterator<Item = u64> {
+        self.grains.iter().map(|g| g.0)
+    }
+
     /// How many grains are absent from this one on.
     pub(crate) fn absent(&self, grain: u64) -> u64 {
         let next = self.grains.partition_point(|g| g.0 < grain);

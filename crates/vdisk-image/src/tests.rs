@@ -3,6 +3,7 @@
 #![allow(clippy::cast_possible_truncation, reason = "sizes in tests are small, and a wrong one fails the test")]
 
 mod chain;
+mod check;
 mod cowd;
 mod crash;
 mod create;

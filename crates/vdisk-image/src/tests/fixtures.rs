@@ -14,6 +14,7 @@ pub(crate) const OPTIONS: OpenOptions = OpenOptions {
     cache_bytes: 1 << 20,
     zeroout_unmaps: false,
     ignore_parent_content_id: false,
+    examine: false,
     new_content_id: 0x1234_5678,
 };
 

@@ -1,5 +1,6 @@
 //! Random requests from several tasks, against an array of bytes.
 
+use super::check::check;
 use super::fixtures::{
     DISK, OPTIONS, SHAPES, content, faults, flush, image, open, open_with, read, request, run, run_all, write,
 };
@@ -78,6 +79,7 @@ fn agrees_with_the_model(cannot_punch: bool, options: &OpenOptions) {
             }
             run(disk.close(&*memory)).unwrap();
             assert_eq!(faults(&memory.files(), true), [""; 0], "{shape:?} {seed}");
+            assert_eq!(check(&memory.files()).0, [], "{shape:?} {seed}");
             let again = open(&Memory::new(memory.files(), 0)).unwrap();
             assert!(again.info().clean);
             let bytes = run(read(&again, &Memory::new(memory.files(), 0), 0, DISK)).unwrap();

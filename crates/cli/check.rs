@@ -1,0 +1,143 @@
+//! `vdisk check`: what contradicts the format in an image.
+
+use std::path::PathBuf;
+
+use serde::Serialize;
+use vdisk_image::{CheckWatch, Fault, Format, Leaks};
+use vdisk_io::{BlockingIo, block_on};
+
+use crate::failure::{Failure, Result, one_line};
+use crate::open::Opened;
+use crate::options::FormatChoice;
+use crate::progress::Progress;
+use crate::size;
+
+/// Faults that are listed; the others are only counted.
+const LISTED: usize = 1000;
+
+/// Look for what contradicts the format: in headers, descriptors, tables, parents, and in the grains of streams
+///
+/// A line for each fault: where it is, and what it is. Ends with 1 if there is one. Nothing is changed, and nobody may
+/// write to the image meanwhile.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  vdisk check --json disk.vmdk | jq -r '.errors[] | .kind' | sort | uniq -c")]
+pub(crate) struct Args {
+    /// The image
+    pub(crate) image: PathBuf,
+    /// One JSON document
+    #[arg(long)]
+    json: bool,
+    /// What the image is, if its first bytes do not tell
+    #[arg(long, value_enum, default_value_t = FormatChoice::Auto)]
+    format: FormatChoice,
+    /// Follow extent and parent names that leave the image's directory
+    #[arg(long)]
+    trust_paths: bool,
+}
+
+/// What was found, as it is printed.
+#[derive(Serialize)]
+struct Report {
+    /// There is no error. What belongs to nothing is none.
+    clean: bool,
+    errors: Vec<Error>,
+    /// How many more errors there are than are listed.
+    more_errors: u64,
+    leaked_grains: u64,
+    /// Bytes of them.
+    leaked_bytes: u64,
+    repaired: u64,
+    #[serde(skip)]
+    raw: bool,
+}
+
+#[derive(Serialize)]
+struct Error {
+    kind: &'static str,
+    file: String,
+    offset: Option<u64>,
+    detail: String,
+}
+
+/// Keeps what a check finds, and shows how far it is.
+struct Watch {
+    errors: Vec<Error>,
+    more: u64,
+    bar: Progress,
+}
+
+impl CheckWatch for Watch {
+    fn fault(&mut self, fault: Fault) {
+        if self.errors.len() == LISTED {
+            self.more += 1;
+            return;
+        }
+        let Fault { kind, file, offset, detail } = fault;
+        self.errors.push(Error { kind: kind.name(), file, offset, detail });
+    }
+
+    fn progress(&mut self, done: u64, total: u64) {
+        self.bar.show(done, total);
+    }
+}
+
+pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
+    crate::logging::to_stderr(verbose);
+    let mut watch = Watch { errors: Vec::new(), more: 0, bar: Progress::new() };
+    let mut raw = false;
+    let leaks = match Opened::open_to_check(&args.image, args.format, args.trust_paths)? {
+        Ok(image) => {
+            raw = image.disk.info().format == Format::Raw;
+            let io = BlockingIo::new(image.files.clone());
+            block_on(image.disk.check(&io, &mut watch))
+        }
+        Err(fault) => {
+            watch.fault(fault);
+            Leaks::default()
+        }
+    };
+    watch.bar.end();
+    let report = Report {
+        clean: watch.errors.is_empty(),
+        errors: watch.errors,
+        more_errors: watch.more,
+        leaked_grains: leaks.grains,
+        leaked_bytes: leaks.bytes,
+        repaired: 0,
+        raw,
+    };
+    if args.json {
+        crate::print_json(&report)?
+    } else {
+        crate::print(&report.text())?
+    }
+    match report.errors.len() as u64 + report.more_errors {
+        0 => Ok(()),
+        1 => Err(Failure::new("1 error found")),
+        n => Err(Failure::new(format!("{n} errors found"))),
+    }
+}
+
+impl Report {
+    fn text(&self) -> String {
+        let mut text = String::new();
+        for Error { kind, file, offset, detail } in &self.errors {
+            let offset = offset.map_or_else(String::new, |at| format!("byte {at}: "));
+            // What opening says names the file itself.
+            let detail = detail.strip_prefix(&format!("{file}: ")).unwrap_or(detail);
+            text += &format!("{}: {offset}{} ({kind})\n", one_line(file), one_line(detail));
+        }
+        if self.more_errors > 0 {
+            text += &format!("and {} more\n", self.more_errors);
+        }
+        if self.clean {
+            // Nothing in the bytes of a disk says whether they are the right ones.
+            text += if self.raw { "a raw image: there is nothing to check\n" } else { "no errors found\n" };
+        }
+        if self.leaked_grains > 0 {
+            let size = size::human(self.leaked_bytes);
+            text += &format!("{} grains ({size}) belong to nothing: lost room, and no data\n", self.leaked_grains);
+        }
+        text
+    }
+}
