@@ -69,11 +69,13 @@ fn a_damaged_image_is_told_in_lines_and_in_json_and_by_the_exit_status() {
     make(dir, "d.vmdk", "subformat=monolithicSparse");
     let image = dir.join("d.vmdk");
     // uncleanShutdown; and the first table's entry for the second grain, far past the end.
-    let word = |at: usize| {
-        let bytes = std::fs::read(&image).unwrap();
-        u64::from(u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()))
+    let word = |at: u64| {
+        use std::os::unix::fs::FileExt;
+        let mut bytes = [0; 4];
+        std::fs::File::open(&image).unwrap().read_exact_at(&mut bytes, at).unwrap();
+        u64::from(u32::from_le_bytes(bytes))
     };
-    let table = word(word(56) as usize * 512) * 512;
+    let table = word(word(56) * 512) * 512;
     patch(&image, 72, &[1]);
     patch(&image, table + 4, &0x7000_0000_u32.to_le_bytes());
     let (status, out, err) = check(dir, &["d.vmdk"]);
