@@ -36,6 +36,7 @@ mod span;
 mod sparse;
 mod stream;
 mod table;
+mod usage;
 mod wait;
 mod write;
 mod zero;

@@ -75,6 +75,7 @@ impl Parts {
             tables,
             // Grains are counted from the start of their area.
             overhead: 0,
+            fixed: Vec::new(),
             unclean: false,
             stream: None,
         })

@@ -6,6 +6,7 @@ mod chain;
 mod cowd;
 mod crash;
 mod create;
+mod doubly_used;
 mod faults;
 mod fixtures;
 mod hostile;
