@@ -7,7 +7,8 @@ use crate::disk::{Disk, size};
 use crate::error::DiskError;
 use crate::file_io::{FileId, FileIo};
 use crate::flush::{self, Step};
-use crate::sparse::Sparse;
+use crate::sparse::{MetaRef, Sparse};
+use crate::usage::Used;
 use crate::wait::{WaitList, locked, until, wake};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -117,7 +118,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Looks through all tables of an extent for the first byte behind everything that is used.
+    /// Looks through all tables of an extent for the first byte behind everything that is used, and for places that two entries
+    /// name: nothing of such an extent can change, for a write in one place of the disk would show in another.
     ///
     /// The length of the file is not enough: after a crash an entry can be durable whose grain the file does not reach
     /// (qemu leaves such images, and gives the same place out again). In an image that was not closed, tables whose copy
@@ -126,26 +128,28 @@ impl Disk {
         if extent.knows_its_end() {
             return Ok(());
         }
-        let mut areas = self.table_areas(io, extent).await?;
+        let mut used = Used::new(extent);
+        for page in 0..extent.page_count() {
+            self.load_page(io, extent, page).await?;
+            used.take_tables(page)?;
+        }
         let mut end = extent.metadata_end();
         for page in 0..extent.page_count() {
-            let runs = loop {
-                match extent.table_runs(page, SCAN_BYTES) {
-                    Ok(runs) => break runs,
-                    Err(meta) => self.load(io, extent, meta).await?,
-                }
-            };
+            self.load_page(io, extent, page).await?;
             if extent.unclean {
                 extent.forget_unborn_tables(page);
             }
             end = end.max(extent.end_of_tables(page));
-            for run in runs {
-                let bytes = self.read_metadata(io, extent.file, run.at, run.count * extent.table_bytes()).await?;
-                end = end.max(extent.end_of_entries(&bytes));
-                if let Some(areas) = &mut areas {
-                    areas.check_grains(extent, run, &bytes)?;
+            let compare = extent.unclean && extent.rgd_at.is_some();
+            for run in extent.table_runs(page, SCAN_BYTES).unwrap_or_default() {
+                let len = run.count * extent.table_bytes();
+                if !compare && self.is_hole(io, extent.file, run.at, len).await {
+                    continue;
                 }
-                if !extent.unclean || extent.rgd_at.is_none() {
+                let bytes = self.read_metadata(io, extent.file, run.at, len).await?;
+                end = end.max(extent.end_of_entries(&bytes));
+                used.take_grains(run, &bytes)?;
+                if !compare {
                     continue;
                 }
                 for (table, primary) in (run.first..).zip(bytes.chunks(size(extent.table_bytes()))) {
@@ -161,6 +165,19 @@ impl Disk {
         }
         extent.allocate_from(end);
         Ok(())
+    }
+
+    async fn load_page<I: FileIo>(&self, io: &I, extent: &Sparse, page: u64) -> Result<(), DiskError> {
+        while !extent.has(MetaRef::Directory(page)) {
+            self.load(io, extent, MetaRef::Directory(page)).await?;
+        }
+        Ok(())
+    }
+
+    /// Whether the host has only a hole there: programs that make all tables beforehand leave most of them so. A host that does
+    /// not tell has none.
+    async fn is_hole<I: FileIo>(&self, io: &I, file: FileId, at: u64, len: u64) -> bool {
+        io.stored_at(file, at).await.is_ok_and(|stored| stored.hole && stored.len >= len)
     }
 }
 

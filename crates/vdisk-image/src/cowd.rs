@@ -7,15 +7,12 @@
 use crate::allocate::State;
 use crate::change::Unclean;
 use crate::coding::Coding;
-use crate::disk::Disk;
 use crate::error::{DiskError, ErrorKind};
-use crate::file_io::{FileId, FileIo, Files};
+use crate::file_io::{FileId, Files};
 use crate::flush::Step;
 use crate::link::Opening;
-use crate::scan::TableRun;
 use crate::sparse::{Parts, Sparse};
 use crate::wait::locked;
-use std::ops::Range;
 use vmdk_parse::{
     Access, COWD_FREE_SECTOR_AT, COWD_GTES_PER_GT, CowdHeader, ExtentKind, ExtentLine, GTE_SIZE, SECTOR_SIZE, Sectors,
 };
@@ -108,9 +105,9 @@ impl Parts {
             gd_at: directory,
             rgd_at: None,
             copy_gd: None,
-            front: CowdHeader::LEN as u64,
             tables,
             overhead: CowdHeader::LEN as u64,
+            fixed: Vec::new(),
             unclean: header.unclean_shutdown != 0,
             stream: None,
         })
@@ -131,127 +128,5 @@ impl Sparse {
     pub(crate) fn free_sector_step(&self) -> Option<Step> {
         let (offset, bytes) = self.free_sector(&locked(&self.state))?;
         Some(Step::Write { file: self.file, offset, bytes })
-    }
-}
-
-/// Where the grain tables of an extent are, that has them among its grains.
-#[derive(Debug)]
-pub(crate) struct TableAreas {
-    /// Byte offsets, in order.
-    starts: Vec<u64>,
-    /// Bytes of a table.
-    len: u64,
-    /// No table is here: the last answer is mostly the next one too.
-    gap: Range<u64>,
-}
-
-impl TableAreas {
-    /// The place of the second of two tables that overlap is the error.
-    fn new(mut starts: Vec<u64>, len: u64) -> Result<Self, u64> {
-        starts.sort_unstable();
-        let overlap = starts.array_windows().find(|[a, b]| a + len > *b);
-        match overlap {
-            Some([_, second]) => Err(*second),
-            None => Ok(Self::sorted(starts, len)),
-        }
-    }
-
-    /// Of tables that are in order and may overlap.
-    pub(crate) fn sorted(starts: Vec<u64>, len: u64) -> Self {
-        Self { starts, len, gap: 0..0 }
-    }
-
-    /// Whether a grain lies where a table is.
-    pub(crate) fn overlaps(&mut self, at: u64, len: u64) -> bool {
-        if self.gap.start <= at && at + len <= self.gap.end {
-            return false;
-        }
-        let index = self.starts.partition_point(|start| start + self.len <= at);
-        let behind = self.starts.get(index).copied().unwrap_or(u64::MAX);
-        if behind < at + len {
-            return true;
-        }
-        let before = index.checked_sub(1).and_then(|i| self.starts.get(i));
-        self.gap = before.map_or(0, |start| start + self.len)..behind;
-        false
-    }
-
-    /// Refuses an extent with grains where tables are: the guest would write its own tables.
-    pub(crate) fn check_grains(&mut self, extent: &Sparse, run: TableRun, bytes: &[u8]) -> Result<(), DiskError> {
-        for (n, at) in extent.places(bytes) {
-            if self.overlaps(at, extent.grain) {
-                let (table, entry) = (run.first + n / extent.gtes, n % extent.gtes);
-                return Err(cannot_change(
-                    extent,
-                    &format!(
-                        "entry {entry} of grain table {table} points to sector {}, where a grain table is",
-                        at / SECTOR_SIZE
-                    ),
-                ));
-            }
-        }
-        Ok(())
-    }
-}
-
-fn cannot_change(extent: &Sparse, what: &str) -> DiskError {
-    DiskError::new(ErrorKind::Corrupt, format!("{}: {what}: use --read-only", extent.name))
-}
-
-impl Disk {
-    /// Where the tables of a COWD extent are; they must not overlap if it is to change. `None` for other formats, whose
-    /// tables are in front of the grains.
-    pub(crate) async fn table_areas<I: FileIo>(
-        &self,
-        io: &I,
-        extent: &Sparse,
-    ) -> Result<Option<TableAreas>, DiskError> {
-        if !matches!(extent.coding, Coding::Cowd { .. }) {
-            return Ok(None);
-        }
-        let mut starts = Vec::new();
-        for page in 0..extent.page_count() {
-            let runs = loop {
-                match extent.table_runs(page, u64::MAX) {
-                    Ok(runs) => break runs,
-                    Err(meta) => self.load(io, extent, meta).await?,
-                }
-            };
-            for run in runs {
-                starts.extend((0..run.count).map(|n| run.at + n * extent.table_bytes()));
-            }
-        }
-        let overlap =
-            |at: u64| cannot_change(extent, &format!("two grain tables overlap at sector {}", at / SECTOR_SIZE));
-        TableAreas::new(starts, extent.table_bytes()).map(Some).map_err(overlap)
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_grain_may_touch_a_table_but_not_overlap_it() {
-        let mut areas = TableAreas::new(vec![5000, 1000], 1000).unwrap();
-        for (at, len, overlaps) in [
-            (0, 1000, false),
-            (0, 1001, true),
-            (999, 1, false),
-            (1000, 1, true),
-            (1999, 1, true),
-            (2000, 3000, false),
-            (2500, 10, false),
-            (2000, 3001, true),
-            (1500, 4000, true),
-            (6000, 1, false),
-            (5999, 1, true),
-            (0, 10_000, true),
-        ] {
-            assert_eq!(areas.overlaps(at, len), overlaps, "{at} + {len}");
-        }
-        assert_eq!(TableAreas::new(vec![2999, 0, 2000], 1000).unwrap_err(), 2999);
-        assert_eq!(TableAreas::new(vec![7, 7], 1000).unwrap_err(), 7);
-        assert!(TableAreas::new(vec![2000, 0, 1000], 1000).is_ok());
     }
 }

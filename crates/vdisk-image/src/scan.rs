@@ -17,6 +17,13 @@ pub(crate) struct TableRun {
     pub(crate) at: u64,
 }
 
+impl TableRun {
+    /// The tables (index, byte offset), each of `bytes`.
+    pub(crate) fn tables(self, bytes: u64) -> impl Iterator<Item = (u64, u64)> {
+        (0..self.count).map(move |n| (self.first + n, self.at + n * bytes))
+    }
+}
+
 impl Sparse {
     /// Pages of the directory.
     pub(crate) fn page_count(&self) -> u64 {

@@ -73,10 +73,10 @@ impl Parts {
             gd_at,
             rgd_at: None,
             copy_gd: None,
-            front: SeSparseHeader::LEN as u64,
             tables,
             // Grains are counted from the start of their area.
             overhead: 0,
+            fixed: Vec::new(),
             unclean: false,
             stream: None,
         })

@@ -14,7 +14,7 @@ use crate::wait::locked;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
-use vmdk_parse::{GdOffset, SECTOR_SIZE, Sectors, SparseHeader};
+use vmdk_parse::{GTE_SIZE, GdOffset, SECTOR_SIZE, Sectors, SparseHeader};
 
 /// A piece of metadata of a sparse extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -42,12 +42,12 @@ pub(crate) struct Sparse {
     pub(crate) rgd_at: Option<u64>,
     /// Where the header says that the copy is, whether it is kept the same or not. Not checked.
     pub(crate) copy_gd: Option<u64>,
-    /// Bytes of the header and the descriptor, at the beginning of the file.
-    pub(crate) front: u64,
     /// Tables in the directory.
     pub(crate) tables: u64,
     /// Bytes at the beginning of the file where no grain is.
     pub(crate) overhead: u64,
+    /// Where else the directories and the descriptor are: neither a table nor a grain is there.
+    fixed: Vec<Range<u64>>,
     /// The header said that the extent was not closed.
     pub(crate) unclean: bool,
     /// Length of the extent's file in bytes, as far as it is known to have grown.
@@ -71,9 +71,10 @@ pub(crate) struct Parts {
     pub(crate) gd_at: u64,
     pub(crate) rgd_at: Option<u64>,
     pub(crate) copy_gd: Option<u64>,
-    pub(crate) front: u64,
     pub(crate) tables: u64,
     pub(crate) overhead: u64,
+    /// What the header places in the file beside the directory of `gd_at`.
+    pub(crate) fixed: Vec<Range<u64>>,
     pub(crate) unclean: bool,
     pub(crate) stream: Option<Stream>,
 }
@@ -113,9 +114,11 @@ impl Parts {
         let tables =
             if indexed { 0 } else { header.directory_len().min(sectors.0.div_ceil(header.table_coverage().0)) };
         let inside = |at: Sectors, what: &str| {
-            at.bytes().filter(|b| *b > 0 && b.checked_add(tables * 4).is_some_and(|end| end <= file_len)).ok_or_else(
-                || corrupt(format!("{what} at sector {} does not lie in the file of {file_len} bytes", at.0)),
-            )
+            at.bytes()
+                .filter(|b| *b > 0 && b.checked_add(tables * GTE_SIZE).is_some_and(|end| end <= file_len))
+                .ok_or_else(|| {
+                    corrupt(format!("{what} at sector {} does not lie in the file of {file_len} bytes", at.0))
+                })
         };
         let gd_at = match header.gd_offset {
             _ if indexed => 0,
@@ -127,13 +130,15 @@ impl Parts {
         let rgd_at = match header.redundant() {
             Some(at) if !read_only => {
                 let at = inside(at, "the redundant grain directory")?;
-                if at == gd_at {
-                    return Err(corrupt("both grain directories are at the same place".to_owned()));
+                if at < gd_at + tables * GTE_SIZE && gd_at < at + tables * GTE_SIZE {
+                    return Err(corrupt("the two grain directories overlap".to_owned()));
                 }
                 Some(at)
             }
             _ => None,
         };
+        let copy = header.redundant().and_then(Sectors::bytes);
+        let copy = copy.map(|at| at..at.saturating_add(tables * GTE_SIZE));
         Ok(Self {
             coding: Coding::Hosted { zeroed_grain: header.flags.zeroed_grain() },
             grain: header.grain_bytes(),
@@ -141,9 +146,9 @@ impl Parts {
             gd_at,
             rgd_at,
             copy_gd: header.redundant().and_then(Sectors::bytes),
-            front: header.embedded_descriptor().map_or(0, |d| d.end).max(SparseHeader::LEN as u64),
             tables,
             overhead: header.overhead.bytes().unwrap_or(u64::MAX),
+            fixed: copy.into_iter().chain(header.embedded_descriptor()).collect(),
             unclean: header.unclean_shutdown,
             stream,
         })
@@ -153,7 +158,10 @@ impl Parts {
 impl Sparse {
     /// An extent whose directory was checked to lie in its file of `file_len` bytes. Its tables may take `table_memory` bytes.
     pub(crate) fn new(file: FileId, name: String, parts: Parts, file_len: u64, table_memory: usize) -> Self {
+        let directory = parts.gd_at..parts.gd_at + parts.tables * parts.coding.entry_bytes();
+        let fixed = parts.fixed.into_iter().chain([directory]).filter(|area| !area.is_empty());
         Self {
+            fixed: fixed.collect(),
             file,
             name,
             coding: parts.coding,
@@ -162,7 +170,6 @@ impl Sparse {
             gd_at: parts.gd_at,
             rgd_at: parts.rgd_at,
             copy_gd: parts.copy_gd,
-            front: parts.front,
             tables: parts.tables,
             overhead: parts.overhead,
             unclean: parts.unclean,
@@ -243,7 +250,9 @@ impl Sparse {
             Err((value, e)) => return Err(corrupt(format!("is {value:#x}")).because(e)),
         };
         let missing = self.is_missing(start, 1);
-        if missing || self.is_metadata(start, self.grain) {
+        // A record of a stream takes a sector at least.
+        let taken = if self.stream.is_some() { SECTOR_SIZE } else { self.grain };
+        if missing || self.is_metadata(start, taken) {
             let what = if missing { "past the end of the file" } else { "in the metadata" };
             return Err(corrupt(format!("points to sector {}, {what}", start / SECTOR_SIZE)));
         }
@@ -312,16 +321,18 @@ impl Sparse {
     }
 
     /// Whether the file did not hold these bytes when it was opened, and we did not put them there.
-    fn is_missing(&self, at: u64, len: u64) -> bool {
+    pub(crate) fn is_missing(&self, at: u64, len: u64) -> bool {
         at + len > self.opened_len && at < self.first_free.load(Ordering::Acquire)
     }
 
-    /// Whether bytes that an entry of a grain table names belong to the header or the directory.
+    /// Whether bytes that an entry of a grain table names belong to the metadata. Tables among the grains are not looked at.
     pub(crate) fn is_metadata(&self, at: u64, len: u64) -> bool {
-        let directory = self.gd_at..self.gd_at + self.directory_bytes();
-        at < self.overhead
-            // Elsewhere the overhead covers the directory.
-            || matches!(self.coding, Coding::Cowd { .. }) && at < directory.end && directory.start < at + len
+        at < self.overhead || self.is_fixed(at, len)
+    }
+
+    /// Whether any of the bytes belong to a directory or to the descriptor. A header need not have them in its overhead.
+    pub(crate) fn is_fixed(&self, at: u64, len: u64) -> bool {
+        self.fixed.iter().any(|area| at < area.end && area.start < at.saturating_add(len))
     }
 
     /// What to read (byte offset, bytes) to supply `meta`: one range, or for a directory page with a copy two.
@@ -358,8 +369,10 @@ impl Sparse {
             )));
         }
         // The tables of the other formats are a part of the overhead.
-        if matches!(self.coding, Coding::Cowd { .. }) && self.is_metadata(at, self.table_bytes()) {
-            return Err(corrupt(format!("at sector {} lies in the header or in the directory", at / SECTOR_SIZE)));
+        let in_header = matches!(self.coding, Coding::Cowd { .. }) && at < self.overhead;
+        if in_header || self.is_fixed(at, self.table_bytes()) {
+            let what = "lies in the header, in the descriptor or in the directory";
+            return Err(corrupt(format!("at sector {} {what}", at / SECTOR_SIZE)));
         }
         Ok(at)
     }

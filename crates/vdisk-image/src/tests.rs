@@ -7,6 +7,7 @@ mod check;
 mod cowd;
 mod crash;
 mod create;
+mod doubly_used;
 mod faults;
 mod fixtures;
 mod hostile;

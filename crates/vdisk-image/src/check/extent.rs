@@ -190,7 +190,7 @@ impl<I: FileIo, W: CheckWatch> Check<'_, I, W> {
 
     /// Where the table of a directory entry is, or why there can be none.
     fn table_place(&self, gde: u64) -> Result<Option<u64>, (FaultKind, String)> {
-        let (len, directory) = (self.extent.table_bytes(), self.extent.directory_bytes());
+        let len = self.extent.table_bytes();
         let at = match self.extent.coding.table(gde) {
             Ok(Some(at)) => at,
             Ok(None) => return Ok(None),
@@ -200,9 +200,9 @@ impl<I: FileIo, W: CheckWatch> Check<'_, I, W> {
         if at.checked_add(len).is_none_or(|end| end > self.file_len) {
             return Err((FaultKind::EntryPastEnd, names("past the end of the file")));
         }
-        let overlaps = |start: u64| at < start + directory && start < at + len;
-        if at < self.extent.front || overlaps(self.extent.gd_at) || self.copy.is_some_and(overlaps) {
-            return Err((FaultKind::EntryInMetadata, names("in the header or in a directory")));
+        let in_header = matches!(self.extent.coding, Coding::Cowd { .. }) && at < self.extent.overhead;
+        if in_header || self.extent.is_fixed(at, len) {
+            return Err((FaultKind::EntryInMetadata, names("in the header, in the descriptor or in a directory")));
         }
         Ok(Some(at))
     }
