@@ -35,6 +35,7 @@ impl Opened {
             zeroout_unmaps: options.zeroout == Zeroout::Unmap,
             ignore_parent_content_id: options.ignore_parent_cid,
             examine: false,
+            drop_change_tracking: options.drop_change_tracking,
             new_content_id: random(),
         };
         let image = Location::of(&options.image);
@@ -177,6 +178,7 @@ fn to_read(format: FormatChoice, examine: bool) -> OpenOptions {
         zeroout_unmaps: false,
         ignore_parent_content_id: true,
         examine,
+        drop_change_tracking: false,
         new_content_id: 0,
     }
 }

@@ -35,6 +35,10 @@ pub(crate) struct ImageOptions {
     /// Go on although a parent was changed after its child was made (needs --read-only)
     #[arg(long, requires = "read_only")]
     pub(crate) ignore_parent_cid: bool,
+    /// Write to an image with change tracking, and take the tracking out of it at the first write (version 1, no
+    /// changeTrackPath): the next backup has to read everything
+    #[arg(long, conflicts_with_all = ["read_only", "overlay"])]
+    pub(crate) drop_change_tracking: bool,
 }
 
 /// `--format`

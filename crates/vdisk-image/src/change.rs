@@ -22,15 +22,15 @@ const SCAN_BYTES: u64 = 1 << 20;
 pub(crate) struct FirstChange {
     happened: AtomicBool,
     state: Mutex<Option<WaitList>>,
-    /// Writes the new content ID.
-    content_id: Vec<Step>,
+    /// Writes the new content ID, and whatever else changes once.
+    once: Vec<Step>,
     /// Where headers say that they were not closed.
     unclean: Vec<Unclean>,
 }
 
 impl FirstChange {
-    pub(crate) fn new(content_id: Vec<Step>, unclean: Vec<Unclean>) -> Self {
-        Self { content_id, unclean, ..Self::default() }
+    pub(crate) fn new(once: Vec<Step>, unclean: Vec<Unclean>) -> Self {
+        Self { once, unclean, ..Self::default() }
     }
 
     pub(crate) fn happened(&self) -> bool {
@@ -40,7 +40,7 @@ impl FirstChange {
     /// Sets uncleanShutdown, changes the content ID, does what `more` says, makes all of it durable.
     fn steps(&self, more: impl Iterator<Item = Step>) -> Vec<Step> {
         let mut steps: Vec<Step> = self.unclean.iter().map(|u| u.step(1)).collect();
-        steps.extend(self.content_id.iter().cloned());
+        steps.extend(self.once.iter().cloned());
         steps.extend(more);
         with_barriers(steps)
     }

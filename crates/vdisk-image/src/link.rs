@@ -16,7 +16,7 @@ use crate::stream;
 use std::ops::Range;
 use vmdk_parse::{
     Access, ContentId, Descriptor, ExtentKind, ExtentLine, ParseError, ParseErrorKind, SECTOR_SIZE, SparseHeader,
-    content_id_places,
+    change_tracking_places, content_id_places,
 };
 
 /// Memory for grain tables: 16 MiB of them describe 256 GiB of a disk with 64 KiB grains.
@@ -29,7 +29,8 @@ const TABLE_BYTES_AT_LEAST: usize = 64 << 10;
 pub(crate) struct Link {
     pub(crate) extents: Vec<Extent>,
     pub(crate) unclean: Vec<Unclean>,
-    pub(crate) content_id: Vec<Step>,
+    /// What the first change writes into descriptors and headers beside [`Link::unclean`].
+    pub(crate) first_steps: Vec<Step>,
     pub(crate) parent: Option<Parent>,
     pub(crate) info: Info,
     /// What is wrong and does not keep the link from being read.
@@ -62,8 +63,8 @@ impl<'a, F: Files> Opening<'a, F> {
             extents: Vec::new(),
             notices: Vec::new(),
         };
-        let (extents, unclean, content_id, faults) = Default::default();
-        let link = Link { extents, unclean, content_id, parent: None, info, faults };
+        let (extents, unclean, first_steps, faults) = Default::default();
+        let link = Link { extents, unclean, first_steps, parent: None, info, faults };
         Self { files, options, read_only, names, table_memory: TABLE_BYTES, link }
     }
 
@@ -212,6 +213,11 @@ impl<'a, F: Files> Opening<'a, F> {
         if header.unclean_shutdown {
             self.link.info.clean = false;
         }
+        if header.version > 2 && !read_only && self.options.drop_change_tracking {
+            header.version = 1;
+            let bytes = header.version.to_le_bytes().to_vec();
+            self.link.first_steps.push(Step::Write { file, offset: VERSION_AT, bytes });
+        }
         let parts = Parts::hosted(&name, &header, stream, line.sectors, self.len(file)?, read_only)?;
         if !read_only {
             self.link.unclean.push(Unclean::hosted(file));
@@ -267,8 +273,16 @@ impl<'a, F: Files> Opening<'a, F> {
         if descriptor.extents.is_empty() {
             return Err(DiskError::new(ErrorKind::Corrupt, format!("{name}: the descriptor lists no extents")));
         }
-        if descriptor.change_track_path.is_some() && !self.read_only {
-            return unsupported("has change tracking, which a write would break: use --read-only".to_owned());
+        if descriptor.change_track_path.is_some() && !self.read_only && !self.options.drop_change_tracking {
+            return unsupported(format!("has change tracking, which a write would break: {DROP_TRACKING}"));
+        }
+        if self.options.drop_change_tracking {
+            let places = change_tracking_places(text);
+            let mut put = |place: usize, byte: u8| {
+                self.link.first_steps.push(Step::Write { file, offset: at + place as u64, bytes: vec![byte] });
+            };
+            places.version.into_iter().for_each(|digit| put(digit.start, b'1'));
+            places.paths.into_iter().for_each(|line| put(line, b'#'));
         }
         let places = content_id_places(text);
         let Some(cid) = places.cid else {
@@ -292,7 +306,7 @@ impl<'a, F: Files> Opening<'a, F> {
         }
         let id = ContentId(self.options.new_content_id & (u32::MAX >> (32 - 4 * digits.clamp(1, 8))));
         let mut put = |place: Range<usize>, text: String| {
-            self.link.content_id.push(Step::Write { file, offset: at + place.start as u64, bytes: text.into_bytes() });
+            self.link.first_steps.push(Step::Write { file, offset: at + place.start as u64, bytes: text.into_bytes() });
         };
         put(cid, format!("{:0digits$x}", id.0));
         if let Some(tail) = places.long_content_id_tail {
@@ -360,6 +374,13 @@ impl<'a, F: Files> Opening<'a, F> {
         self.files.len(file).map_err(|e| DiskError::host(format!("{}: length", self.name(file)), e))
     }
 }
+
+/// What to do about change tracking.
+pub(crate) const DROP_TRACKING: &str =
+    "use --read-only, or --drop-change-tracking, after which a backup has to read everything once";
+
+/// Byte offset of `version` in a hosted header.
+const VERSION_AT: u64 = 4;
 
 /// Byte offset of `capacity` in a hosted header.
 const CAPACITY_AT: u64 = 12;

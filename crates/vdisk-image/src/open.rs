@@ -31,6 +31,9 @@ pub struct OpenOptions {
     /// The image is only to be examined, by [`Disk::info`] and [`Disk::check`]: a parent that is not as it should be is a fault
     /// and a notice.
     pub examine: bool,
+    /// Write to an image with change tracking (version 3, changeTrackPath), which the first change takes out of it: what was
+    /// tracked would be wrong.
+    pub drop_change_tracking: bool,
     /// The content ID that the first change gives to a VMDK; random.
     pub new_content_id: u32,
 }
@@ -213,7 +216,7 @@ impl Link {
             chain: Chain { top: Image { extents: self.extents }, parents },
             files: names.into_iter().map(file).collect(),
             cache: GrainCache::new(options.cache_bytes, grain.unwrap_or(u64::MAX)),
-            first_change: FirstChange::new(self.content_id, self.unclean),
+            first_change: FirstChange::new(self.first_steps, self.unclean),
             zeroout_unmaps: options.zeroout_unmaps,
             rounds: Default::default(),
             loading: Default::default(),

@@ -8,6 +8,7 @@ use crate::coding::{Coding, Entry};
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::FileId;
 use crate::image::{Grain, Mapping};
+use crate::link::DROP_TRACKING;
 use crate::stream::Stream;
 use crate::table::{PAGE_ENTRIES, Page, Table, TableCopy};
 use crate::wait::locked;
@@ -98,7 +99,7 @@ impl Parts {
         let corrupt = |what: String| DiskError::new(ErrorKind::Corrupt, format!("{name}: {what}"));
         let unsupported = |what: &str| DiskError::new(ErrorKind::Unsupported, format!("{name}: {what}"));
         if !read_only && header.version > 2 {
-            return Err(unsupported("version 3 (change tracking) is opened read-only: use --read-only"));
+            return Err(unsupported(&format!("version 3 (change tracking) cannot be written: {DROP_TRACKING}")));
         }
         if !read_only && header.gtes_per_gt != 512 {
             return Err(unsupported("grain tables of other than 512 entries are opened read-only: use --read-only"));

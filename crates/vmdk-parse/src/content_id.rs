@@ -56,6 +56,26 @@ pub fn content_id_places(bytes: &[u8]) -> ContentIdPlaces {
     ContentIdPlaces { cid: place("CID", 1..=8), long_content_id_tail: place("ddb.longContentID", 32..=32) }
 }
 
+/// What a descriptor says about change tracking, for a writer that drops it in place.
+#[derive(Clone, Debug, PartialEq, Eq, Default)]
+pub struct ChangeTrackingPlaces {
+    /// The digit of `version=3`; `None` for another version.
+    pub version: Option<Range<usize>>,
+    /// The first byte of each `changeTrackPath`: a `#` there makes a comment of it.
+    pub paths: Vec<usize>,
+}
+
+/// Finds what a descriptor says about change tracking, as byte ranges of `bytes`, by the rules of [`content_id_places`].
+pub fn change_tracking_places(bytes: &[u8]) -> ChangeTrackingPlaces {
+    let Ok(text) = text(bytes) else { return ChangeTrackingPlaces::default() };
+    let version = lines(text).find_map(|(_, line)| value_of(line, "version")).and_then(Span::unquote);
+    let paths = lines(text).filter(|(_, line)| value_of(*line, "changeTrackPath").is_some());
+    ChangeTrackingPlaces {
+        version: version.filter(|v| v.bytes == b"3").map(Span::range),
+        paths: paths.map(|(_, line)| line.trim().range().start).collect(),
+    }
+}
+
 fn value_of<'a>(line: Span<'a>, name: &str) -> Option<Span<'a>> {
     let line = line.trim();
     if line.bytes.starts_with(b"#") {
@@ -110,6 +130,22 @@ mod tests {
         for digits in [8, 31, 33] {
             assert_eq!(places(&format!("ddb.longContentID=\"{}\"", "0".repeat(digits))), (None, None));
         }
+    }
+
+    #[test]
+    fn change_tracking_is_dropped_by_as_many_bytes() {
+        let mut text =
+            b"version=3\nCID=1\n# changeTrackPath=\"no\"\n changeTrackPath = \"a-ctk.vmdk\"\r\nRW 1 ZERO\n".to_vec();
+        let places = change_tracking_places(&text);
+        text[places.version.unwrap()].copy_from_slice(b"1");
+        for at in places.paths {
+            text[at] = b'#';
+        }
+        assert_eq!(
+            String::from_utf8(text).unwrap(),
+            "version=1\nCID=1\n# changeTrackPath=\"no\"\n #hangeTrackPath = \"a-ctk.vmdk\"\r\nRW 1 ZERO\n"
+        );
+        assert_eq!(change_tracking_places(b"version=1\nversion=3"), ChangeTrackingPlaces::default());
     }
 
     #[test]

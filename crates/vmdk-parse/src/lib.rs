@@ -45,7 +45,7 @@ mod se_sparse_entry;
 mod sectors;
 mod tables;
 
-pub use content_id::{ContentId, ContentIdPlaces, content_id_places};
+pub use content_id::{ChangeTrackingPlaces, ContentId, ContentIdPlaces, change_tracking_places, content_id_places};
 pub use cowd::{
     COWD_FREE_SECTOR_AT, COWD_GTES_PER_GT, COWD_MAX_GRAIN_SECTORS, COWD_TABLE_SECTORS, COWD_UNCLEAN_SHUTDOWN_AT,
     CowdHeader,

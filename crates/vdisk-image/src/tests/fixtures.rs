@@ -15,6 +15,7 @@ pub(crate) const OPTIONS: OpenOptions = OpenOptions {
     zeroout_unmaps: false,
     ignore_parent_content_id: false,
     examine: false,
+    drop_change_tracking: false,
     new_content_id: 0x1234_5678,
 };
 

@@ -116,3 +116,44 @@ fn the_wanted_format_overrules_what_the_bytes_look_like() {
     let disk = open_with(&Memory::new(image(Shape::Sparse), 0), &options).unwrap();
     assert_eq!(disk.info().format, Format::Raw);
 }
+
+/// An image whose changes a backup program tracks.
+fn tracked() -> Vec<(String, Vec<u8>)> {
+    let mut files = image(Shape::Sparse);
+    let file = &mut files[0].1;
+    file[4] = 3;
+    let text = String::from_utf8_lossy(&file[512..10_752]).replace("version=1", "version=3");
+    let text = text.replace("\nCID=", "\nchangeTrackPath=\"disk-ctk.vmdk\"\nCID=");
+    file[512..10_752].copy_from_slice(&text.as_bytes()[..10_240]);
+    files
+}
+
+#[test]
+fn change_tracking_is_refused_for_writing_and_read_without_a_word() {
+    let memory = Memory::new(tracked(), 1);
+    let e = open(&memory).unwrap_err();
+    assert_eq!(e.kind(), ErrorKind::Unsupported);
+    assert!(e.to_string().contains("--drop-change-tracking"), "{e}");
+    let disk = open_with(&memory, &OpenOptions { read_only: true, ..OPTIONS }).unwrap();
+    assert_eq!(run(read(&disk, &memory, 0, 512)).unwrap(), [0; 512]);
+}
+
+#[test]
+fn change_tracking_is_dropped_by_the_first_write_and_not_before() {
+    let memory = Memory::new(tracked(), 1);
+    let dropping = OpenOptions { drop_change_tracking: true, ..OPTIONS };
+    let disk = open_with(&memory, &dropping).unwrap();
+    run(disk.close(&memory)).unwrap();
+    assert!(memory.files() == tracked());
+    let disk = open_with(&memory, &dropping).unwrap();
+    run(async {
+        write(&disk, &memory, 0, &[7; 512]).await.unwrap();
+        disk.close(&memory).await.unwrap();
+    });
+    let bytes = &memory.files()[0].1;
+    let text = String::from_utf8_lossy(&bytes[512..2048]).into_owned();
+    assert_eq!(bytes[4], 1);
+    assert!(text.contains("version=1\n#hangeTrackPath=\"disk-ctk.vmdk\"\nCID=12345678\n"), "{text}");
+    let disk = open(&Memory::new(memory.files(), 1)).unwrap();
+    assert_eq!(run(read(&disk, &memory, 0, 512)).unwrap(), [7; 512]);
+}
