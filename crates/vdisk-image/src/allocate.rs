@@ -38,8 +38,11 @@ pub(crate) struct State {
     pub(crate) dirty: Vec<u64>,
     /// Sectors of the directory that name tables which it did not name before.
     pub(crate) dirty_gd: BTreeSet<u64>,
-    /// Memory that the tables take.
+    /// Memory that the tables take, and the pages of the directory.
     pub(crate) table_bytes: usize,
+    pub(crate) page_bytes: usize,
+    /// Pages of the directory in memory, in the order in which their clock hand passes them.
+    pub(crate) page_clock: VecDeque<u64>,
     /// Tables in memory, in the order in which the clock hand passes them.
     pub(crate) clock: VecDeque<u64>,
 }
@@ -237,6 +240,7 @@ impl Sparse {
         state.dirty.push(index);
         state.dirty_gd.insert(index / SECTOR_ENTRIES as u64);
         self.insert_locked(state, index, Arc::clone(&table));
+        page.keep();
         for (directory, at) in [(&page.gd, Some(at)), (&page.rgd, copy_at)] {
             if let Some(at) = at {
                 directory.set(slot, sector_number(at));

@@ -3,15 +3,16 @@
 //! Until then an attached image is left exactly as it was. Source: VMware Virtual Disk Format 1.1, "The Header"
 //! (CID) and "Hosted Sparse Extents" (uncleanShutdown).
 
-use crate::disk::{Disk, size};
+use crate::disk::Disk;
 use crate::error::DiskError;
 use crate::file_io::{FileId, FileIo};
 use crate::flush::{self, Step};
 use crate::sparse::{MetaRef, Sparse};
+use crate::table::{PAGE_ENTRIES, Page, TableCopy};
 use crate::usage::Used;
 use crate::wait::{WaitList, locked, until, wake};
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use vmdk_parse::{COWD_UNCLEAN_SHUTDOWN_AT, UNCLEAN_SHUTDOWN_AT};
 
 /// How much of the tables is read at once when they are looked through.
@@ -128,19 +129,16 @@ impl Disk {
         if extent.knows_its_end() {
             return Ok(());
         }
+        let compare = extent.unclean && extent.rgd_at.is_some();
         let mut used = Used::new(extent);
         for page in 0..extent.page_count() {
-            self.load_page(io, extent, page).await?;
+            let _loaded = self.load_page(io, extent, page).await?;
             used.take_tables(page)?;
         }
         let mut end = extent.metadata_end();
         for page in 0..extent.page_count() {
-            self.load_page(io, extent, page).await?;
-            if extent.unclean {
-                extent.forget_unborn_tables(page);
-            }
+            let _loaded = self.load_page(io, extent, page).await?;
             end = end.max(extent.end_of_tables(page));
-            let compare = extent.unclean && extent.rgd_at.is_some();
             for run in extent.table_runs(page, SCAN_BYTES).unwrap_or_default() {
                 let len = run.count * extent.table_bytes();
                 if !compare && self.is_hole(io, extent.file, run.at, len).await {
@@ -149,29 +147,57 @@ impl Disk {
                 let bytes = self.read_metadata(io, extent.file, run.at, len).await?;
                 end = end.max(extent.end_of_entries(&bytes));
                 used.take_grains(run, &bytes)?;
-                if !compare {
-                    continue;
-                }
-                for (table, primary) in (run.first..).zip(bytes.chunks(size(extent.table_bytes()))) {
+                for (table, _) in run.tables(extent.table_bytes()).filter(|_| compare) {
                     let Some(at) = extent.copy_at(table) else { continue };
                     let copy = self.read_metadata(io, extent.file, at, extent.table_bytes()).await?;
                     end = end.max(extent.end_of_entries(&copy));
-                    if copy != primary {
-                        tracing::warn!(file = extent.name, table, "the copies of a grain table differ: writing both");
-                        extent.rewrite(table, run.at + (table - run.first) * extent.table_bytes(), primary);
-                    }
                 }
             }
+        }
+        if compare {
+            self.mend_copies(io, extent).await?;
         }
         extent.allocate_from(end);
         Ok(())
     }
 
-    async fn load_page<I: FileIo>(&self, io: &I, extent: &Sparse, page: u64) -> Result<(), DiskError> {
-        while !extent.has(MetaRef::Directory(page)) {
-            self.load(io, extent, MetaRef::Directory(page)).await?;
+    /// Makes the copies of the tables the same as the primary ones, for an image that was not closed. At once and not with the next
+    /// flush: there may be more of them than memory.
+    async fn mend_copies<I: FileIo>(&self, io: &I, extent: &Sparse) -> Result<(), DiskError> {
+        let mut count = 0u64;
+        for page in 0..extent.page_count() {
+            let _loaded = self.load_page(io, extent, page).await?;
+            extent.forget_unborn_tables(page);
+            let runs = extent.table_runs(page, SCAN_BYTES).unwrap_or_default();
+            for (table, at) in runs.iter().flat_map(|run| run.tables(extent.table_bytes())) {
+                let TableCopy::At(copy_at) = extent.copy_of(table, at) else { continue };
+                let primary = self.read_metadata(io, extent.file, at, extent.table_bytes()).await?;
+                if primary == self.read_metadata(io, extent.file, copy_at, extent.table_bytes()).await? {
+                    continue;
+                }
+                count += 1;
+                let step = Step::Write { file: extent.file, offset: copy_at, bytes: primary };
+                flush::run(io, &[step], |f| self.name(f)).await?;
+            }
+        }
+        if count > 0 {
+            tracing::warn!(
+                file = extent.name,
+                count,
+                "grain tables differed from their copies, which were written again"
+            );
         }
         Ok(())
+    }
+
+    /// The page of the directory, which stays in memory while the answer is held.
+    async fn load_page<I: FileIo>(&self, io: &I, extent: &Sparse, page: u64) -> Result<Arc<Page>, DiskError> {
+        loop {
+            if let Some((page, _)) = extent.page(page * PAGE_ENTRIES) {
+                return Ok(page);
+            }
+            self.load(io, extent, MetaRef::Directory(page)).await?;
+        }
     }
 
     /// Whether the host has only a hole there: programs that make all tables beforehand leave most of them so. A host that does

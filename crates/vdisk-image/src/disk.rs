@@ -155,7 +155,12 @@ impl Disk {
         if extent.has(meta) {
             return Ok(());
         }
-        let (at, copy_at, len) = extent.place_of(meta)?;
+        // The page of a table stays, so that the table has its place there.
+        let _page = match meta {
+            MetaRef::Table(table) => extent.page(table),
+            MetaRef::Directory(_) => None,
+        };
+        let Some((at, copy_at, len)) = extent.place_of(meta)? else { return Ok(()) };
         let bytes = self.read_metadata(io, extent.file, at, len).await?;
         let copy = match copy_at {
             Some(at) => self.read_metadata(io, extent.file, at, len).await?,

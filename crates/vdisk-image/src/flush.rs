@@ -91,7 +91,8 @@ impl Sparse {
         }
         for index in std::mem::take(&mut state.dirty) {
             // A dirty table is never evicted, so it is there.
-            let Some(table) = self.page(index).and_then(|(p, i)| p.tables.get(i)?.load_full()) else { continue };
+            let table = self.page(index).and_then(|(p, i)| p.tables.get(i)?.load_full());
+            let Some(table) = table else { continue };
             table.pin();
             for (at, bytes) in table.take_dirty() {
                 if let TableCopy::At(copy_at) = table.copy {

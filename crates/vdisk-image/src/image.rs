@@ -4,6 +4,7 @@ use crate::error::{DiskError, ErrorKind};
 use crate::file_io::FileId;
 use crate::inflate::Record;
 use crate::sparse::{MetaRef, Sparse};
+use std::iter;
 use vmdk_parse::Access;
 
 /// Where a part of the disk is. `len` is never 0 and never more than was asked for.
@@ -85,6 +86,20 @@ pub(crate) struct Found<'a> {
 }
 
 impl Chain {
+    /// Divides the memory for tables among all sparse extents. Not by who asks first: an extent that took most of it and is
+    /// not read any more would leave nothing to the others.
+    pub(crate) fn share_memory(&mut self, bytes: usize) {
+        let extents = iter::once(&mut self.top).chain(&mut self.parents).flat_map(|image| &mut image.extents);
+        let mut sparse: Vec<&mut Sparse> = extents
+            .filter_map(|e| match &mut e.layout {
+                Layout::Sparse(s) => Some(&mut **s),
+                Layout::Flat { .. } | Layout::Zero => None,
+            })
+            .collect();
+        let share = bytes / sparse.len().max(1);
+        sparse.iter_mut().for_each(|s| s.set_memory(share));
+    }
+
     /// Where the bytes begin to be, in whatever link.
     ///
     /// # Errors

@@ -19,11 +19,9 @@ use vmdk_parse::{
     change_tracking_places, content_id_places,
 };
 
-/// Memory for grain tables: 16 MiB of them describe 256 GiB of a disk with 64 KiB grains.
-const TABLE_BYTES: usize = 16 << 20;
-
-/// However many extents there are, each gets this much.
-const TABLE_BYTES_AT_LEAST: usize = 64 << 10;
+/// Grain tables of all extents of a chain together at most, in memory or not: what is kept for each page of them is 8 MiB.
+/// That is 32 times a disk of 64 TiB with grains of 4 KiB, or 512 times one with 64 KiB.
+const MAX_TABLES: u64 = 1 << 30;
 
 /// A link of a chain that is open.
 pub(crate) struct Link {
@@ -37,21 +35,27 @@ pub(crate) struct Link {
     pub(crate) faults: Vec<Fault>,
 }
 
+/// What all links of a chain that were opened have together.
+#[derive(Default)]
+pub(crate) struct SoFar {
+    /// Of their files, by [`FileId`].
+    pub(crate) names: Vec<String>,
+    /// Grain tables.
+    tables: u64,
+}
+
 /// A link of a chain on its way to being open.
 pub(crate) struct Opening<'a, F: Files> {
     files: &'a F,
     options: &'a OpenOptions,
     /// Refuse every change of this link.
     pub(crate) read_only: bool,
-    /// By [`FileId`].
-    names: &'a mut Vec<String>,
-    /// Memory for the grain tables of each sparse extent.
-    table_memory: usize,
+    so_far: &'a mut SoFar,
     pub(crate) link: Link,
 }
 
 impl<'a, F: Files> Opening<'a, F> {
-    pub(crate) fn new(files: &'a F, options: &'a OpenOptions, read_only: bool, names: &'a mut Vec<String>) -> Self {
+    pub(crate) fn new(files: &'a F, options: &'a OpenOptions, read_only: bool, so_far: &'a mut SoFar) -> Self {
         let info = Info {
             format: Format::Vmdk,
             subformat: None,
@@ -65,7 +69,7 @@ impl<'a, F: Files> Opening<'a, F> {
         };
         let (extents, unclean, first_steps, faults) = Default::default();
         let link = Link { extents, unclean, first_steps, parent: None, info, faults };
-        Self { files, options, read_only, names, table_memory: TABLE_BYTES, link }
+        Self { files, options, read_only, so_far, link }
     }
 
     /// Opens the link whose first (or only) file is `image`.
@@ -145,8 +149,6 @@ impl<'a, F: Files> Opening<'a, F> {
         text: &[u8],
     ) -> Result<(), DiskError> {
         self.describe(file, at, descriptor, text)?;
-        let sparse = descriptor.extents.iter().filter(|line| is_sparse(line.kind)).count();
-        self.table_memory = (TABLE_BYTES / sparse.max(1)).max(TABLE_BYTES_AT_LEAST);
         for (n, line) in (1..).zip(&descriptor.extents) {
             self.extent(file, n, line).await?;
         }
@@ -233,7 +235,13 @@ impl<'a, F: Files> Opening<'a, F> {
     pub(crate) fn push_sparse(&mut self, line: &ExtentLine, file: FileId, parts: Parts) -> Result<(), DiskError> {
         let grain = parts.grain;
         self.link.info.grain_size = Some(self.link.info.grain_size.map_or(grain, |g| g.max(grain)));
-        let sparse = Sparse::new(file, self.name(file), parts, self.len(file)?, self.table_memory);
+        self.so_far.tables = self.so_far.tables.saturating_add(parts.tables);
+        if self.so_far.tables > MAX_TABLES {
+            let what =
+                format!("{}: the image and its parents have more than {MAX_TABLES} grain tables", self.name(file));
+            return Err(DiskError::new(ErrorKind::Unsupported, what));
+        }
+        let sparse = Sparse::new(file, self.name(file), parts, self.len(file)?);
         self.push(line, Layout::Sparse(Box::new(sparse)), Some(file))
     }
 
@@ -358,10 +366,11 @@ impl<'a, F: Files> Opening<'a, F> {
     /// Remembers a file that was opened.
     fn note(&mut self, file: FileId) {
         let index = size(u64::from(file.0));
-        if index >= self.names.len() {
-            self.names.resize(index + 1, String::new());
+        let names = &mut self.so_far.names;
+        if index >= names.len() {
+            names.resize(index + 1, String::new());
         }
-        if let Some(name) = self.names.get_mut(index) {
+        if let Some(name) = names.get_mut(index) {
             *name = self.files.name(file);
         }
     }

@@ -8,12 +8,15 @@ use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, Files};
 use crate::image::{Chain, Image};
 use crate::info::Format;
-use crate::link::{Link, Opening};
+use crate::link::{Link, Opening, SoFar};
 use crate::request::Geometry;
 use vmdk_parse::ContentId;
 
 /// Links of a chain at most: a chain that goes round in a circle ends somewhere.
 const MAX_LINKS: usize = 64;
+
+/// Memory for the grain tables and directories of a disk: 24 MiB describe 256 GiB of one with 64 KiB grains.
+const TABLE_BYTES: usize = 24 << 20;
 
 /// How to open an image.
 #[derive(Clone, Debug)]
@@ -73,9 +76,9 @@ impl Disk {
         base: Option<(FileId, &str)>,
         options: &OpenOptions,
     ) -> Result<Self, DiskError> {
-        let mut names = Vec::new();
+        let mut so_far = SoFar::default();
         let format = if base.is_some() { Some(Format::Vmdk) } else { options.format };
-        let mut top = Opening::new(files, options, options.read_only, &mut names).link(image, format).await?;
+        let mut top = Opening::new(files, options, options.read_only, &mut so_far).link(image, format).await?;
         let (mut parents, mut child) = (Vec::new(), image);
         let mut expected = top.parent.take();
         if base.is_some() && expected.is_none() {
@@ -88,7 +91,7 @@ impl Disk {
                 return Err(DiskError::new(ErrorKind::Unsupported, what));
             }
             let given = base.filter(|_| parents.is_empty());
-            let (file, mut link) = match parent.open(files, options, child, given, &mut names).await {
+            let (file, mut link) = match parent.open(files, options, child, given, &mut so_far).await {
                 Err(e) if options.examine => {
                     let fault = Fault::unreadable(&files.name(child), &e);
                     top.info.notices.push(format!("{}: without its parent: {}", fault.file, fault.detail));
@@ -120,7 +123,7 @@ impl Disk {
             parents.push(link.image());
             child = file;
         }
-        Ok(top.finish(options, parents, names))
+        Ok(top.finish(options, parents, so_far.names))
     }
 }
 
@@ -142,7 +145,7 @@ impl Parent {
         options: &OpenOptions,
         child: FileId,
         given: Option<(FileId, &str)>,
-        names: &mut Vec<String>,
+        so_far: &mut SoFar,
     ) -> Result<(FileId, Link), DiskError> {
         let file = match given {
             Some((base, name)) => {
@@ -155,7 +158,7 @@ impl Parent {
         };
         // A parent that an image names is never probed: a raw disk could look like anything.
         let format = if given.is_some() { options.format } else { Some(Format::Vmdk) };
-        Ok((file, Opening::new(files, options, true, names).link(file, format).await?))
+        Ok((file, Opening::new(files, options, true, so_far).link(file, format).await?))
     }
 
     /// Whether an overlay is one of the image of this name.
@@ -207,13 +210,15 @@ impl Link {
         // The grains of a COWD extent may be single sectors: nothing is won by requests as small.
         let grain = self.info.grain_size.map(|g| g.max(4096));
         let file = |name| File { name, dirty: false.into(), cannot_punch: false.into(), cannot_zero: false.into() };
+        let mut chain = Chain { top: Image { extents: self.extents }, parents };
+        chain.share_memory(TABLE_BYTES);
         Disk {
             geometry: Geometry {
                 size: self.info.size,
                 read_only: options.read_only,
                 preferred_block: grain.and_then(|g| u32::try_from(g).ok()).unwrap_or(4096),
             },
-            chain: Chain { top: Image { extents: self.extents }, parents },
+            chain,
             files: names.into_iter().map(file).collect(),
             cache: GrainCache::new(options.cache_bytes, grain.unwrap_or(u64::MAX)),
             first_change: FirstChange::new(self.first_steps, self.unclean),

@@ -2,9 +2,8 @@
 
 use crate::coding::{Coding, Entry};
 use crate::sparse::{MetaRef, Sparse};
-use crate::table::{PAGE_ENTRIES, SECTOR_ENTRIES, Table};
+use crate::table::{PAGE_ENTRIES, SECTOR_ENTRIES};
 use crate::wait::locked;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
 /// Tables that lie in a row in the file.
@@ -103,27 +102,14 @@ impl Sparse {
     /// named them, so nothing that was flushed is in them.
     pub(crate) fn forget_unborn_tables(&self, page: u64) {
         let first = page * PAGE_ENTRIES;
-        let Some((loaded, _)) = self.page(first) else { return };
         let mut state = locked(&self.state);
+        let Some((loaded, _)) = self.page(first) else { return };
         for (((n, table), gde), rgde) in (0..).zip(first..).zip(loaded.gd.iter()).zip(loaded.rgd.iter()) {
             if gde == 0 && rgde != 0 {
+                loaded.keep();
                 loaded.rgd.set(n, 0);
                 state.dirty_gd.insert(table / SECTOR_ENTRIES as u64);
             }
-        }
-    }
-
-    /// Has both copies of a table written with the next flush; `bytes` is what the primary one at byte `at` holds.
-    pub(crate) fn rewrite(&self, index: u64, at: u64, bytes: &[u8]) {
-        let mut state = locked(&self.state);
-        let Some(slot) = self.page(index).and_then(|(p, i)| p.tables.get(i)) else { return };
-        let table = slot.load_full().unwrap_or_else(|| {
-            let table = Arc::new(Table::with(self.coding.entries(bytes), at, self.copy_of(index, at)));
-            self.insert_locked(&mut state, index, Arc::clone(&table));
-            table
-        });
-        if table.set_all_dirty() {
-            state.dirty.push(index);
         }
     }
 }

@@ -182,7 +182,7 @@ impl Disk {
         told: &mut Option<Told>,
     ) -> Result<u64, DiskError> {
         let (Layout::Sparse(extent), MetaRef::Table(_)) = (&place.extent.layout, meta) else { return Ok(0) };
-        let (at, _, _) = extent.place_of(meta)?;
+        let Some((at, _, _)) = extent.place_of(meta)? else { return Ok(0) };
         let stored = self.stored(io, extent.file, at, told).await?;
         if !stored.hole {
             return Ok(0);

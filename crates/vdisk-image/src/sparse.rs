@@ -12,9 +12,10 @@ use crate::link::DROP_TRACKING;
 use crate::stream::Stream;
 use crate::table::{PAGE_ENTRIES, Page, Table, TableCopy};
 use crate::wait::locked;
+use arc_swap::ArcSwapOption;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, OnceLock};
+use std::sync::{Arc, Mutex};
 use vmdk_parse::{GTE_SIZE, GdOffset, SECTOR_SIZE, Sectors, SparseHeader};
 
 /// A piece of metadata of a sparse extent.
@@ -53,14 +54,15 @@ pub(crate) struct Sparse {
     pub(crate) unclean: bool,
     /// Length of the extent's file in bytes, as far as it is known to have grown.
     pub(crate) file_len: AtomicU64,
-    pub(crate) pages: Box<[OnceLock<Page>]>,
+    pub(crate) pages: Box<[ArcSwapOption<Page>]>,
     pub(crate) state: Mutex<State>,
     /// Length of the file when it was opened, and where the first space was given out behind everything that any entry
     /// named. What an entry names in between is not there, however far the file grows.
     opened_len: u64,
     pub(crate) first_free: AtomicU64,
-    /// Memory for grain tables in bytes.
+    /// Memory for grain tables, and for pages of the directory, in bytes.
     table_memory: usize,
+    page_memory: usize,
 }
 
 /// What the header of a sparse extent says, of whatever format.
@@ -157,8 +159,8 @@ impl Parts {
 }
 
 impl Sparse {
-    /// An extent whose directory was checked to lie in its file of `file_len` bytes. Its tables may take `table_memory` bytes.
-    pub(crate) fn new(file: FileId, name: String, parts: Parts, file_len: u64, table_memory: usize) -> Self {
+    /// An extent whose directory was checked to lie in its file of `file_len` bytes. It has no memory for tables yet.
+    pub(crate) fn new(file: FileId, name: String, parts: Parts, file_len: u64) -> Self {
         let directory = parts.gd_at..parts.gd_at + parts.tables * parts.coding.entry_bytes();
         let fixed = parts.fixed.into_iter().chain([directory]).filter(|area| !area.is_empty());
         Self {
@@ -176,11 +178,12 @@ impl Sparse {
             unclean: parts.unclean,
             stream: parts.stream,
             file_len: AtomicU64::new(file_len),
-            pages: (0..parts.tables.div_ceil(PAGE_ENTRIES)).map(|_| OnceLock::new()).collect(),
+            pages: (0..parts.tables.div_ceil(PAGE_ENTRIES)).map(|_| ArcSwapOption::empty()).collect(),
             state: Mutex::new(State::default()),
             opened_len: file_len,
             first_free: AtomicU64::new(u64::MAX),
-            table_memory,
+            table_memory: 0,
+            page_memory: 0,
         }
     }
 
@@ -192,6 +195,12 @@ impl Sparse {
     /// The grains of a stream that has no directory.
     pub(crate) fn indexed_grains(&self) -> Option<impl Iterator<Item = u64>> {
         Some(self.stream.as_ref()?.index.as_ref()?.grains())
+    }
+
+    /// Says how much memory tables and pages of the directory may take together. The last one that came stays in any case.
+    pub(crate) fn set_memory(&mut self, bytes: usize) {
+        self.page_memory = bytes / 4;
+        self.table_memory = bytes - self.page_memory;
     }
 
     /// Bytes of a table in the file.
@@ -277,9 +286,12 @@ impl Sparse {
 
     /// Looks at a table, if it is in memory or known not to exist.
     pub(crate) fn table<R>(&self, table: u64, look: impl FnOnce(&Arc<Table>) -> R) -> Lookup<R> {
-        let Some((page, index)) = self.page(table) else {
+        // Without a count of who holds the page, which all queues would share.
+        let page = self.page_slot(table).map(|slot| slot.load());
+        let Some((page, index)) = page.as_ref().and_then(|p| Some((p.as_ref()?, index_in_page(table)))) else {
             return Lookup::Need(MetaRef::Directory(table / PAGE_ENTRIES));
         };
+        page.touch();
         let Some(slot) = page.tables.get(index) else { return Lookup::Absent };
         if let Some(t) = &*slot.load() {
             t.touch();
@@ -297,7 +309,8 @@ impl Sparse {
         let is_empty = |table: &u64| match (self.table(*table, |_| ()), hole) {
             (Lookup::Absent, _) => true,
             (Lookup::Need(meta @ MetaRef::Table(_)), Some(hole)) => {
-                self.place_of(meta).is_ok_and(|(at, _, len)| hole.start <= at && at + len <= hole.end)
+                let place = self.place_of(meta).ok().flatten();
+                place.is_some_and(|(at, _, len)| hole.start <= at && at + len <= hole.end)
             }
             (Lookup::Need(_) | Lookup::Table(()), _) => false,
         };
@@ -315,10 +328,13 @@ impl Sparse {
         len.min(grains.saturating_mul(self.grain).saturating_sub(skip))
     }
 
-    /// The loaded directory page of a table, and the table's index in it.
-    pub(crate) fn page(&self, table: u64) -> Option<(&Page, usize)> {
-        let page = self.pages.get(usize::try_from(table / PAGE_ENTRIES).ok()?)?.get()?;
-        Some((page, usize::try_from(table % PAGE_ENTRIES).ok()?))
+    /// The loaded directory page of a table, and the table's index in it. The page stays in memory while it is held.
+    pub(crate) fn page(&self, table: u64) -> Option<(Arc<Page>, usize)> {
+        Some((self.page_slot(table)?.load_full()?, index_in_page(table)))
+    }
+
+    fn page_slot(&self, table: u64) -> Option<&ArcSwapOption<Page>> {
+        self.pages.get(usize::try_from(table / PAGE_ENTRIES).ok()?)
     }
 
     /// Whether the file did not hold these bytes when it was opened, and we did not put them there.
@@ -336,22 +352,24 @@ impl Sparse {
         self.fixed.iter().any(|area| at < area.end && area.start < at.saturating_add(len))
     }
 
-    /// What to read (byte offset, bytes) to supply `meta`: one range, or for a directory page with a copy two.
+    /// What to read (byte offset, bytes) to supply `meta`: one range, or for a directory page with a copy two. `None` for a table
+    /// whose page of the directory has left memory.
     ///
     /// # Errors
     ///
     /// [`ErrorKind::Corrupt`] for a table that does not lie in the file.
-    pub(crate) fn place_of(&self, meta: MetaRef) -> Result<(u64, Option<u64>, u64), DiskError> {
+    pub(crate) fn place_of(&self, meta: MetaRef) -> Result<Option<(u64, Option<u64>, u64)>, DiskError> {
         match meta {
             MetaRef::Directory(page) => {
                 let first = page * PAGE_ENTRIES;
                 let size = self.coding.entry_bytes();
                 let len = size * PAGE_ENTRIES.min(self.tables - first);
-                Ok((self.gd_at + first * size, self.rgd_at.map(|at| at + first * size), len))
+                Ok(Some((self.gd_at + first * size, self.rgd_at.map(|at| at + first * size), len)))
             }
             MetaRef::Table(table) => {
-                let gde = self.page(table).and_then(|(p, i)| p.gd.get(i)).unwrap_or(0);
-                Ok((self.table_at(table, gde)?, None, self.table_bytes()))
+                let Some((page, index)) = self.page(table) else { return Ok(None) };
+                let at = self.table_at(table, page.gd.get(index).unwrap_or(0))?;
+                Ok(Some((at, None, self.table_bytes())))
             }
         }
     }
@@ -386,13 +404,11 @@ impl Sparse {
     pub(crate) fn supply(&self, meta: MetaRef, bytes: &[u8], copy: &[u8]) -> Result<(), DiskError> {
         match meta {
             MetaRef::Directory(page) => {
-                if let Some(slot) = usize::try_from(page).ok().and_then(|p| self.pages.get(p)) {
-                    // Loads are single-flight: nobody was faster, and if so, his page is as good.
-                    let _ = slot.set(Page::new(self.coding.entries(bytes), self.coding.entries(copy)));
-                }
+                let new = Page::new(self.coding.entries(bytes), self.coding.entries(copy));
+                self.insert_page_locked(&mut locked(&self.state), page, Arc::new(new));
             }
             MetaRef::Table(table) => {
-                let (at, _, _) = self.place_of(meta)?;
+                let Some((at, _, _)) = self.place_of(meta)? else { return Ok(()) };
                 let new = Arc::new(Table::with(self.coding.entries(bytes), at, self.copy_of(table, at)));
                 self.insert_locked(&mut locked(&self.state), table, new);
             }
@@ -405,7 +421,7 @@ impl Sparse {
         match meta {
             MetaRef::Directory(page) => self.page(page * PAGE_ENTRIES).is_some(),
             MetaRef::Table(table) => {
-                self.page(table).and_then(|(p, i)| p.tables.get(i)).is_some_and(|slot| slot.load().is_some())
+                self.page(table).is_some_and(|(p, i)| p.tables.get(i).is_some_and(|slot| slot.load().is_some()))
             }
         }
     }
@@ -416,6 +432,37 @@ impl Sparse {
             (None, _) => TableCopy::None,
             (Some(_), Some(copy_at)) if copy_at != at => TableCopy::At(copy_at),
             _ => TableCopy::Broken,
+        }
+    }
+
+    /// Puts a page of the directory into memory and, over budget, others out with all of their tables, if nothing in them is
+    /// newer than the file and nobody holds them.
+    fn insert_page_locked(&self, state: &mut State, page: u64, new: Arc<Page>) {
+        let slot = |page: u64| usize::try_from(page).ok().and_then(|p| self.pages.get(p));
+        // Loads are single-flight: nobody was faster, and if so, his page is as good.
+        let Some(free) = slot(page).filter(|slot| slot.load().is_none()) else { return };
+        state.page_bytes += new.weight();
+        free.store(Some(new));
+        state.page_clock.push_back(page);
+        for _ in 0..2 * state.page_clock.len() {
+            if state.page_bytes <= self.page_memory {
+                break;
+            }
+            let Some(oldest) = state.page_clock.pop_front() else { break };
+            let Some((slot, old)) = slot(oldest).and_then(|s| Some((s, s.load_full()?))) else { continue };
+            // The slot, and here.
+            let is_held = Arc::strong_count(&old) > 2;
+            let gone = if oldest == page || is_held || old.second_chance() { None } else { old.give_up() };
+            let Some(tables) = gone else {
+                state.page_clock.push_back(oldest);
+                continue;
+            };
+            slot.store(None);
+            state.page_bytes -= old.weight();
+            state.table_bytes -= tables;
+            if tables > 0 {
+                state.clock.retain(|table| table / PAGE_ENTRIES != oldest);
+            }
         }
     }
 
@@ -434,7 +481,8 @@ impl Sparse {
                 break;
             }
             let Some(oldest) = state.clock.pop_front() else { break };
-            let slot = self.page(oldest).and_then(|(p, i)| p.tables.get(i));
+            let Some((page, index)) = self.page(oldest) else { continue };
+            let slot = page.tables.get(index);
             let Some((slot, old)) = slot.and_then(|s| Some((s, s.load_full()?))) else { continue };
             if oldest == table || old.second_chance() || !old.evictable() {
                 state.clock.push_back(oldest);
@@ -444,6 +492,11 @@ impl Sparse {
             }
         }
     }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "below PAGE_ENTRIES")]
+fn index_in_page(table: u64) -> usize {
+    (table % PAGE_ENTRIES) as usize
 }
 
 /// What is known of a table.

@@ -23,6 +23,9 @@ const SLACK: u64 = 1 << 20;
 /// Bytes that are read at once while walking over the records.
 const WALK: u64 = 16 << 10;
 
+/// Grains that an index holds at most: 16 MiB of memory (twice that while it is made), 128 GiB of a disk with grains of 64 KiB.
+const MAX_INDEXED: usize = if cfg!(test) { 1000 } else { 2 << 20 };
+
 /// What a compressed extent has beside its header.
 #[derive(Debug)]
 pub(crate) struct Stream {
@@ -35,7 +38,7 @@ pub(crate) struct Stream {
 #[derive(Debug)]
 pub(crate) struct Index {
     /// (grain, sector), in order of the grains, each once.
-    grains: Box<[(u64, u64)]>,
+    grains: Box<[(u32, u32)]>,
 }
 
 impl Stream {
@@ -49,19 +52,19 @@ impl Stream {
 impl Index {
     /// The grains that there are, in order.
     pub(crate) fn grains(&self) -> impl Iterator<Item = u64> {
-        self.grains.iter().map(|g| g.0)
+        self.grains.iter().map(|g| u64::from(g.0))
     }
 
     /// How many grains are absent from this one on.
     pub(crate) fn absent(&self, grain: u64) -> u64 {
-        let next = self.grains.partition_point(|g| g.0 < grain);
-        self.grains.get(next).map_or(u64::MAX, |g| g.0 - grain)
+        let next = self.grains.partition_point(|g| u64::from(g.0) < grain);
+        self.grains.get(next).map_or(u64::MAX, |g| u64::from(g.0) - grain)
     }
 
     /// The grain's entry, as a table would have it.
     pub(crate) fn entry(&self, grain: u64) -> Entry {
-        let found = self.grains.binary_search_by_key(&grain, |g| g.0).ok();
-        found.and_then(|n| self.grains.get(n)).map_or(Entry::Absent, |g| Entry::At(g.1 * SECTOR_SIZE))
+        let found = self.grains.binary_search_by_key(&grain, |g| u64::from(g.0)).ok();
+        found.and_then(|n| self.grains.get(n)).map_or(Entry::Absent, |g| Entry::At(u64::from(g.1) * SECTOR_SIZE))
     }
 }
 
@@ -226,7 +229,13 @@ impl<F: Files> Walk<'_, F> {
         let descriptor = header.embedded_descriptor().map_or(0, |place| place.end);
         let overhead = header.overhead.bytes().unwrap_or(u64::MAX);
         let mut at = overhead.max(descriptor).max(SECTOR_SIZE);
-        let mut grains: Vec<(u64, u64)> = Vec::new();
+        let name = self.name;
+        let too_many = || {
+            let what = format!("{name}: more than {MAX_INDEXED} grains and no directory of them");
+            DiskError::new(ErrorKind::Unsupported, what)
+        };
+        // As many again for records of the same grains: else it would be put in order for each of them.
+        let mut grains: Vec<(u32, u32)> = Vec::new();
         let len = self.len;
         let end = loop {
             if at >= len {
@@ -242,7 +251,16 @@ impl<F: Files> Walk<'_, F> {
                         break End::Cut(at);
                     }
                     let grain = record.lba.0.checked_div(geometry.grain_size().0).unwrap_or(0);
-                    grains.push((grain, at / SECTOR_SIZE));
+                    let (Ok(grain), Ok(sector)) = (u32::try_from(grain), u32::try_from(at / SECTOR_SIZE)) else {
+                        return Err(too_many());
+                    };
+                    if grains.len() == 2 * MAX_INDEXED {
+                        keep_the_last(&mut grains);
+                        if grains.len() > MAX_INDEXED {
+                            return Err(too_many());
+                        }
+                    }
+                    grains.push((grain, sector));
                 }
                 Marker::Table { .. } | Marker::Directory { .. } | Marker::Progress { .. } => {}
             }
@@ -252,11 +270,18 @@ impl<F: Files> Walk<'_, F> {
                 None => break End::Cut(at),
             }
         };
-        // Of two records for one grain the later one counts, and the sort puts it behind.
-        grains.sort_unstable();
-        grains.reverse();
-        grains.dedup_by_key(|g| g.0);
-        grains.reverse();
+        keep_the_last(&mut grains);
+        if grains.len() > MAX_INDEXED {
+            return Err(too_many());
+        }
         Ok((Index { grains: grains.into_boxed_slice() }, end))
     }
+}
+
+/// Puts the grains in order. Of two records for one grain the later one counts, and the sort puts it behind.
+fn keep_the_last(grains: &mut Vec<(u32, u32)>) {
+    grains.sort_unstable();
+    grains.reverse();
+    grains.dedup_by_key(|g| g.0);
+    grains.reverse();
 }

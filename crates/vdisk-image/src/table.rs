@@ -56,6 +56,15 @@ impl Entries {
         (0..self.len()).map_while(|n| self.get(n))
     }
 
+    /// Bytes that the entries take.
+    fn weight(&self) -> usize {
+        self.len()
+            * match self {
+                Self::Narrow(_) => size_of::<AtomicU32>(),
+                Self::Wide(_) => size_of::<u64>(),
+            }
+    }
+
     /// The bytes of the entries in `range`, as far as there are any.
     pub(crate) fn encode(&self, range: Range<usize>) -> Vec<u8> {
         let range = range.start..range.end.min(self.len());
@@ -72,7 +81,7 @@ impl Entries {
     }
 }
 
-/// A piece of the grain directory. Pages are loaded when they are first needed and stay.
+/// A piece of the grain directory.
 #[derive(Debug)]
 pub(crate) struct Page {
     /// Where each grain table is; 0 is a table that does not exist.
@@ -81,12 +90,47 @@ pub(crate) struct Page {
     pub(crate) rgd: Entries,
     /// The tables that are in memory.
     pub(crate) tables: Box<[ArcSwapOption<Table>]>,
+    /// Looked at since the clock hand last passed.
+    referenced: AtomicBool,
+    /// Differs from what the file had when it was loaded. Changed under the extent's lock.
+    changed: AtomicBool,
 }
 
 impl Page {
     pub(crate) fn new(gd: Entries, rgd: Entries) -> Self {
         let tables = (0..gd.len()).map(|_| ArcSwapOption::empty()).collect();
-        Self { gd, rgd, tables }
+        Self { gd, rgd, tables, referenced: AtomicBool::new(true), changed: AtomicBool::new(false) }
+    }
+
+    /// Bytes of memory that the page takes without its tables, roughly.
+    pub(crate) fn weight(&self) -> usize {
+        self.gd.weight() + self.rgd.weight() + self.tables.len() * size_of::<ArcSwapOption<Table>>() + 128
+    }
+
+    /// Notes that the page is in use.
+    pub(crate) fn touch(&self) {
+        touch(&self.referenced);
+    }
+
+    /// As [`Table::second_chance`].
+    pub(crate) fn second_chance(&self) -> bool {
+        self.referenced.swap(false, Ordering::Relaxed)
+    }
+
+    /// The page has to stay: the file may not have what is in it. Under the extent's lock.
+    pub(crate) fn keep(&self) {
+        self.changed.store(true, Ordering::Relaxed);
+    }
+
+    /// Takes out all tables, if the page may leave memory; their weight. Under the extent's lock.
+    pub(crate) fn give_up(&self) -> Option<usize> {
+        let there = || self.tables.iter().filter_map(ArcSwapOption::load_full);
+        if self.changed.load(Ordering::Relaxed) || !there().all(|t| t.evictable()) {
+            return None;
+        }
+        let weight = there().map(|t| t.weight()).sum();
+        self.tables.iter().for_each(|slot| slot.store(None));
+        Some(weight)
     }
 }
 
@@ -128,11 +172,7 @@ impl Table {
 
     /// Bytes of memory that the table takes, roughly.
     pub(crate) fn weight(&self) -> usize {
-        let size = match self.entries {
-            Entries::Narrow(_) => 4,
-            Entries::Wide(_) => 8,
-        };
-        self.entries.len() * size + 128
+        self.entries.weight() + 128
     }
 
     /// The entry as it stands in the file format. `Acquire`: who sees an entry sees the grain behind it.
@@ -146,11 +186,9 @@ impl Table {
         (0..enough).zip(index..).take_while(|(_, n)| self.entries.get(*n) == Some(0)).count() as u64
     }
 
-    /// Notes that the table is in use. A store only when it changes something, so that readers share the line.
+    /// Notes that the table is in use.
     pub(crate) fn touch(&self) {
-        if !self.referenced.load(Ordering::Relaxed) {
-            self.referenced.store(true, Ordering::Relaxed);
-        }
+        touch(&self.referenced);
     }
 
     /// Sets an entry. Under the extent's lock. Whether the table was clean before.
@@ -199,6 +237,13 @@ impl Table {
     /// Takes the second chance that a recent use gave. Whether there was one.
     pub(crate) fn second_chance(&self) -> bool {
         self.referenced.swap(false, Ordering::Relaxed)
+    }
+}
+
+/// A store only when it changes something, so that readers share the line.
+fn touch(referenced: &AtomicBool) {
+    if !referenced.load(Ordering::Relaxed) {
+        referenced.store(true, Ordering::Relaxed);
     }
 }
 

@@ -12,6 +12,7 @@ mod faults;
 mod fixtures;
 mod hostile;
 mod map;
+mod memory_limits;
 mod model;
 mod opening;
 mod se_sparse;
