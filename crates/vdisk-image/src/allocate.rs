@@ -7,9 +7,11 @@ use crate::coding::Entry;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::FileId;
 use crate::sparse::{Lookup, MetaRef, Sparse};
-use crate::table::{SECTOR_ENTRIES, Table, TableCopy};
+use crate::table::{PAGE_ENTRIES, SECTOR_ENTRIES, Table, TableCopy};
 use crate::wait::{WaitList, locked, until, wake};
+use smallvec::SmallVec;
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use vmdk_parse::SECTOR_SIZE;
@@ -33,7 +35,9 @@ pub(crate) struct State {
     /// The file is being extended.
     growing: Option<WaitList>,
     /// Room for new grain tables.
-    table_room: std::ops::Range<u64>,
+    table_room: Range<u64>,
+    /// The table, and the end of the room, that the host has space for.
+    room_for: Option<(u64, u64)>,
     /// Tables with dirty sectors.
     pub(crate) dirty: Vec<u64>,
     /// Sectors of the directory that name tables which it did not name before.
@@ -71,6 +75,20 @@ pub(crate) enum Plan<'a> {
     Wait(u64),
     /// The file has to be extended first; see [`Sparse::grow`].
     Grow,
+    /// The host's space for a table has to be taken first.
+    Reserve(Room),
+}
+
+/// The host's space that a table needs before it changes or is made. Answered by [`Sparse::reserved`].
+#[derive(Debug)]
+pub(crate) struct Room {
+    index: u64,
+    /// The table, if there is one already.
+    table: Option<Arc<Table>>,
+    /// The end of the room for new tables.
+    end: u64,
+    /// Where the metadata is: (byte offset, bytes).
+    pub(crate) ranges: SmallVec<[(u64, u64); 4]>,
 }
 
 impl Sparse {
@@ -96,8 +114,8 @@ impl Sparse {
             Lookup::Table(t) => t,
             Lookup::Need(meta) => return Ok(Plan::Need(meta)),
             Lookup::Absent => match self.new_table(&mut state, index)? {
-                Some(t) => t,
-                None => return Ok(Plan::Grow),
+                Ok(t) => t,
+                Err(first) => return Ok(first),
             },
         };
         if self.has_place(&table, grain) {
@@ -110,6 +128,9 @@ impl Sparse {
                 format!("{}: grain table {index} has no redundant copy that could be kept the same", self.name),
             ));
         }
+        if !table.is_reserved() {
+            return Ok(Plan::Reserve(self.room_of(index, table)));
+        }
         let wanted = (skip + len).div_ceil(self.grain).min(self.gtes - grain % self.gtes);
         let count = (0..wanted).take_while(|n| self.is_absent(&state, &table, grain + n)).count() as u64;
         let Some((place, count)) = self.take_room(&mut state, self.grain, count)? else { return Ok(Plan::Grow) };
@@ -119,6 +140,33 @@ impl Sparse {
         table.pin();
         let ticket = Ticket { extent: self, table, index, first: grain, count, place, done: false };
         Ok(Plan::Write { offset: place + skip, len: len.min(count * self.grain - skip), ticket: Some(ticket) })
+    }
+
+    /// What a table in memory needs.
+    fn room_of(&self, index: u64, table: Arc<Table>) -> Room {
+        let bytes = self.table_bytes();
+        let copy = match table.copy {
+            TableCopy::At(at) => Some((at, bytes)),
+            TableCopy::None | TableCopy::Broken => None,
+        };
+        let ranges = [(table.at, bytes)].into_iter().chain(copy).collect();
+        Room { index, table: Some(table), end: 0, ranges }
+    }
+
+    /// What a table that does not exist needs: all that is left of the room for such tables, and its entries in the directories.
+    fn room_for_new(&self, state: &State, index: u64) -> Room {
+        let entry = self.coding.entry_bytes();
+        let entries = [Some(self.gd_at), self.rgd_at].into_iter().flatten().map(|at| (at + index * entry, entry));
+        let Range { start, end } = state.table_room;
+        Room { index, table: None, end, ranges: entries.chain([(start, end - start)]).collect() }
+    }
+
+    /// The host has taken the space.
+    pub(crate) fn reserved(&self, room: &Room) {
+        match &room.table {
+            Some(table) => table.set_reserved(),
+            None => locked(&self.state).room_for = Some((room.index, room.end)),
+        }
     }
 
     /// Waits until nobody writes the grain for the first time.
@@ -221,21 +269,28 @@ impl Sparse {
         (self.table_bytes() * copies).next_multiple_of(self.coding.alignment(self.grain))
     }
 
-    /// Makes the table that the directory does not have. `None` if the file has to be extended first.
-    fn new_table(&self, state: &mut State, index: u64) -> Result<Option<Arc<Table>>, DiskError> {
-        let Some((page, slot)) = self.page(index) else { return Ok(None) };
+    /// Makes the table that the directory does not have, or says what has to happen first.
+    fn new_table(&self, state: &mut State, index: u64) -> Result<Result<Arc<Table>, Plan<'_>>, DiskError> {
+        let Some((page, slot)) = self.page(index) else {
+            return Ok(Err(Plan::Need(MetaRef::Directory(index / PAGE_ENTRIES))));
+        };
         let bytes = self.table_bytes();
         let copies = if self.rgd_at.is_some() { 2 } else { 1 };
         if state.table_room.end - state.table_room.start < bytes * copies {
             let room = self.table_room();
-            let Some((place, _)) = self.take_room(state, room, 1)? else { return Ok(None) };
+            let Some((place, _)) = self.take_room(state, room, 1)? else { return Ok(Err(Plan::Grow)) };
             state.table_room = place..place + room;
+        }
+        // Before it is made: a table that no space can be found for would be in the way of every flush.
+        if state.room_for != Some((index, state.table_room.end)) {
+            return Ok(Err(Plan::Reserve(self.room_for_new(state, index))));
         }
         let at = state.table_room.start;
         state.table_room.start += bytes * copies;
         let copy_at = (copies == 2).then_some(at + bytes);
         let copy = copy_at.map_or(TableCopy::None, TableCopy::At);
         let table = Arc::new(Table::new((0..self.gtes).map(|_| 0), at, copy));
+        table.set_reserved();
         table.set_all_dirty();
         state.dirty.push(index);
         state.dirty_gd.insert(index / SECTOR_ENTRIES as u64);
@@ -246,7 +301,7 @@ impl Sparse {
                 directory.set(slot, sector_number(at));
             }
         }
-        Ok(Some(table))
+        Ok(Ok(table))
     }
 }
 

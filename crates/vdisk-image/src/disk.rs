@@ -5,7 +5,7 @@ use crate::change::FirstChange;
 use crate::check::Fault;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo};
-use crate::flush::{self, FlushPlan, Rounds, Step};
+use crate::flush::{self, Failed, FlushPlan, Rounds, Step};
 use crate::image::Chain;
 use crate::inflate::Inflating;
 use crate::info::Info;
@@ -96,7 +96,7 @@ impl Disk {
     pub async fn close<I: FileIo>(&self, io: &I) -> Result<(), DiskError> {
         self.flush(io).await?;
         let steps = self.closing_steps();
-        flush::run(io, &steps, |f| self.name(f)).await
+        Ok(flush::run(io, &steps, |f| self.name(f)).await?)
     }
 
     async fn flush<I: FileIo>(&self, io: &I) -> Result<(), DiskError> {
@@ -108,13 +108,24 @@ impl Disk {
         // An earlier round may have failed while this task waited.
         self.check_poison()?;
         let plan = self.plan_flush();
-        flush::run(io, &plan.steps, |f| self.name(f)).await?;
-        plan.done();
-        round.succeeded();
-        Ok(())
+        match flush::run(io, &plan.steps, |f| self.name(f)).await {
+            Ok(()) => {
+                plan.done();
+                round.succeeded();
+                Ok(())
+            }
+            Err(Failed { error, nothing_lost: true }) if error.kind() == ErrorKind::NoSpace => {
+                for file in plan.give_back() {
+                    self.mark_dirty(file);
+                }
+                round.given_up();
+                Err(error)
+            }
+            Err(Failed { error, .. }) => Err(error),
+        }
     }
 
-    pub(crate) fn plan_flush(&self) -> FlushPlan {
+    pub(crate) fn plan_flush(&self) -> FlushPlan<'_> {
         FlushPlan::new(self.chain.top.writable_sparse(), || {
             let dirty = (0..).zip(&self.files).filter(|(_, f)| f.dirty.swap(false, Ordering::AcqRel));
             dirty.map(|(n, _)| FileId(n)).collect()

@@ -49,6 +49,10 @@ pub trait FileIo {
     /// [`io::ErrorKind::Unsupported`] where the host's file system cannot.
     async fn zero_range(&self, file: FileId, offset: u64, len: u64) -> io::Result<()>;
 
+    /// Takes the host's space for the range, so that later writes to it cannot find the host full. The bytes and the file's
+    /// length stay. [`io::ErrorKind::Unsupported`] where the host's file system cannot.
+    async fn reserve(&self, file: FileId, offset: u64, len: u64) -> io::Result<()>;
+
     /// How the host stores what begins at `offset`. A hint: a host that does not tell has data everywhere.
     async fn stored_at(&self, file: FileId, offset: u64) -> io::Result<Stored>;
 

@@ -26,27 +26,39 @@ pub(crate) enum Step {
 
 /// What a flush has to do, and the tables that must stay in memory until it is done.
 #[derive(Debug, Default)]
-pub(crate) struct FlushPlan {
+pub(crate) struct FlushPlan<'a> {
     pub(crate) steps: Vec<Step>,
-    tables: Vec<Arc<Table>>,
+    tables: Vec<TakenTable<'a>>,
+    /// Sectors of directories.
+    directories: Vec<(&'a Sparse, u64)>,
+    /// Files with data that is to be durable.
+    files: Vec<FileId>,
 }
 
-impl FlushPlan {
+/// A table whose dirty sectors count as clean since the plan has them.
+#[derive(Debug)]
+struct TakenTable<'a> {
+    extent: &'a Sparse,
+    index: u64,
+    table: Arc<Table>,
+    sectors: u32,
+}
+
+impl<'a> FlushPlan<'a> {
     /// The plan to make everything durable that was changed so far. `dirty_files` takes the files with data that is not.
     ///
     /// The tables are taken before the files: a writer marks its file before it publishes, so the file of every entry that is
     /// seen here is seen too. The other way round, an entry could be written without a barrier behind its grain.
-    pub(crate) fn new<'a>(
-        extents: impl Iterator<Item = &'a Sparse>,
-        dirty_files: impl FnOnce() -> Vec<FileId>,
-    ) -> Self {
+    pub(crate) fn new(extents: impl Iterator<Item = &'a Sparse>, dirty_files: impl FnOnce() -> Vec<FileId>) -> Self {
         let mut plan = Self::default();
         let mut dirty = Dirty::default();
         for extent in extents {
             extent.take_dirty(&mut dirty);
         }
-        plan.tables = dirty.pinned;
+        plan.tables = dirty.taken;
+        plan.directories = dirty.directories;
         let mut files = dirty_files();
+        plan.files.clone_from(&files);
         files.extend(dirty.headers.iter().map(|(file, _, _)| *file));
         files.sort_unstable();
         files.dedup();
@@ -64,9 +76,25 @@ impl FlushPlan {
 
     /// Everything in the plan is durable: the tables may leave memory.
     pub(crate) fn done(self) {
-        for table in self.tables {
+        for taken in self.tables {
+            taken.table.unpin();
+        }
+    }
+
+    /// The host was too full to write what is in the plan: all of it is left to the next flush. Answers the files whose data is
+    /// not known to be durable. What was written of the tables does no harm: the data behind it is durable.
+    pub(crate) fn give_back(self) -> Vec<FileId> {
+        for TakenTable { extent, index, table, sectors } in self.tables {
+            let mut state = locked(&extent.state);
+            if table.mark_dirty(sectors) {
+                state.dirty.push(index);
+            }
             table.unpin();
         }
+        for (extent, sector) in self.directories {
+            locked(&extent.state).dirty_gd.insert(sector);
+        }
+        self.files
     }
 }
 
@@ -74,17 +102,18 @@ type Write = (FileId, u64, Vec<u8>);
 
 /// Metadata that differs from the files, by when it may be written.
 #[derive(Default)]
-struct Dirty {
+struct Dirty<'a> {
     headers: Vec<Write>,
     tables: Vec<Write>,
     redundant_directory: Vec<Write>,
     directory: Vec<Write>,
-    pinned: Vec<Arc<Table>>,
+    taken: Vec<TakenTable<'a>>,
+    directories: Vec<(&'a Sparse, u64)>,
 }
 
 impl Sparse {
     /// What has to be written to make the tables durable, as of now. The tables are pinned.
-    fn take_dirty(&self, to: &mut Dirty) {
+    fn take_dirty<'a>(&'a self, to: &mut Dirty<'a>) {
         let mut state = locked(&self.state);
         if !state.dirty.is_empty() || !state.dirty_gd.is_empty() {
             to.headers.extend(self.free_sector(&state).map(|(at, bytes)| (self.file, at, bytes)));
@@ -94,16 +123,18 @@ impl Sparse {
             let table = self.page(index).and_then(|(p, i)| p.tables.get(i)?.load_full());
             let Some(table) = table else { continue };
             table.pin();
-            for (at, bytes) in table.take_dirty() {
+            let sectors = table.take_dirty();
+            for (at, bytes) in table.sectors(sectors) {
                 if let TableCopy::At(copy_at) = table.copy {
                     to.tables.push((self.file, copy_at + at, bytes.clone()));
                 }
                 to.tables.push((self.file, table.at + at, bytes));
             }
-            to.pinned.push(table);
+            to.taken.push(TakenTable { extent: self, index, table, sectors });
         }
         // Every table that the directory names here is durable already or is written above.
         for sector in std::mem::take(&mut state.dirty_gd) {
+            to.directories.push((self, sector));
             let first = sector * SECTOR_ENTRIES as u64;
             let Some((page, index)) = self.page(first) else { continue };
             let bytes = |directory: &Entries| directory.encode(index..index + SECTOR_ENTRIES);
@@ -128,16 +159,30 @@ fn merge(mut writes: Vec<Write>) -> Vec<Step> {
     merged.into_iter().map(|(file, offset, bytes)| Step::Write { file, offset, bytes }).collect()
 }
 
+/// Why steps were not run to their end.
+pub(crate) struct Failed {
+    pub(crate) error: DiskError,
+    /// No sync has failed: the host has everything that it was given, and says what it does not have.
+    pub(crate) nothing_lost: bool,
+}
+
+impl From<Failed> for DiskError {
+    fn from(failed: Failed) -> Self {
+        failed.error
+    }
+}
+
 /// Runs steps in order; neighbouring steps of a kind at the same time.
 ///
 /// # Errors
 ///
 /// The first step's that failed. `name` says what a file is called.
-pub(crate) async fn run<I: FileIo>(io: &I, steps: &[Step], name: impl Fn(FileId) -> String) -> Result<(), DiskError> {
+pub(crate) async fn run<I: FileIo>(io: &I, steps: &[Step], name: impl Fn(FileId) -> String) -> Result<(), Failed> {
     let kind = |s: &Step| std::mem::discriminant(s);
     for group in steps.chunk_by(|a, b| kind(a) == kind(b)) {
+        let nothing_lost = !matches!(group, [Step::Barrier(_), ..]);
         for result in join_all(group.iter().map(|step| run_one(io, step, &name))).await {
-            result?;
+            result.map_err(|error| Failed { error, nothing_lost })?;
         }
     }
     Ok(())
@@ -179,17 +224,30 @@ struct RoundState {
     waiting: WaitList,
 }
 
-/// The duty to run a round. Dropped before [`Round::succeeded`], it poisons: whoever waits for it must not believe in it.
+/// The duty to run a round. Dropped before [`Round::succeeded`] or [`Round::given_up`], it poisons: whoever waits for it must not
+/// believe in it.
 #[derive(Debug)]
 pub(crate) struct Round<'a> {
     rounds: &'a Rounds,
-    succeeded: bool,
+    end: RoundEnd,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum RoundEnd {
+    Succeeded,
+    GivenUp,
+    Failed,
 }
 
 impl Round<'_> {
     /// Everything in the round's plan is durable.
     pub(crate) fn succeeded(mut self) {
-        self.succeeded = true;
+        self.end = RoundEnd::Succeeded;
+    }
+
+    /// Nothing is durable that was not, and nothing is lost. Who waits for the round has to run one of its own.
+    pub(crate) fn given_up(mut self) {
+        self.end = RoundEnd::GivenUp;
     }
 }
 
@@ -205,7 +263,7 @@ impl Rounds {
             } else {
                 s.running = true;
                 s.begun += 1;
-                Ok(Some(Round { rounds: self, succeeded: false }))
+                Ok(Some(Round { rounds: self, end: RoundEnd::Failed }))
             }
         })
         .await
@@ -219,14 +277,16 @@ impl Rounds {
 
 impl Drop for Round<'_> {
     fn drop(&mut self) {
-        if !self.succeeded {
+        if self.end == RoundEnd::Failed {
             // What the kernel dropped after a failed sync cannot be known, and a second sync would say that all is well.
             // Not a word of it is believed until the image is opened again.
             self.rounds.poisoned.store(true, Ordering::Release);
         }
         let mut state = locked(&self.rounds.state);
         state.running = false;
-        state.ended = state.begun;
+        if self.end != RoundEnd::GivenUp {
+            state.ended = state.begun;
+        }
         let wakers = state.waiting.take();
         drop(state);
         wake(wakers);

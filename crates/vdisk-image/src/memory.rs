@@ -4,6 +4,7 @@
 
 use crate::file_io::{FileId, FileIo, Files, Stored};
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::future::poll_fn;
 use std::io;
 use std::ops::Range;
@@ -46,6 +47,16 @@ struct MemoryFile {
     pending: Vec<(u64, Change)>,
     /// Opened read-only by its image.
     read_only: bool,
+    /// Sectors of zeroes that the host has space for all the same.
+    reserved: BTreeSet<usize>,
+}
+
+impl MemoryFile {
+    /// The sectors of a range that the host has no space for: a file in memory has no holes, but sectors of zeroes will do.
+    fn holes(&self, offset: usize, len: usize) -> impl Iterator<Item = usize> {
+        let zero = |n: usize| self.now.iter().skip(n * 512).take(512).all(|b| *b == 0);
+        (offset / 512..(offset + len).div_ceil(512)).filter(move |n| zero(*n) && !self.reserved.contains(n))
+    }
 }
 
 /// Files in memory.
@@ -61,6 +72,10 @@ pub struct Memory {
     pub dead_from_call: Cell<u64>,
     /// Hole punching and zeroing are [`io::ErrorKind::Unsupported`].
     pub cannot_punch: Cell<bool>,
+    /// The host is full: no sector of zeroes takes data, but those that were reserved.
+    pub full: Cell<bool>,
+    /// [`FileIo::reserve`] is [`io::ErrorKind::Unsupported`].
+    pub cannot_reserve: Cell<bool>,
     /// No file grows past this many bytes (1 GiB at first): the host is full.
     pub full_at: Cell<u64>,
 }
@@ -74,6 +89,7 @@ impl Memory {
             now,
             pending: Vec::new(),
             read_only: false,
+            reserved: BTreeSet::new(),
         };
         Self {
             files: RefCell::new(files.into_iter().map(file).collect()),
@@ -83,6 +99,8 @@ impl Memory {
             fail_call: Cell::new(None),
             dead_from_call: Cell::new(u64::MAX),
             cannot_punch: Cell::new(false),
+            full: Cell::new(false),
+            cannot_reserve: Cell::new(false),
             full_at: Cell::new(1 << 30),
         }
     }
@@ -159,6 +177,12 @@ impl Memory {
             Change::Zero { .. } => 0,
         };
         if grows_to > f.now.len() && grows_to as u64 > self.full_at.get() {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        if let Change::Write { offset, bytes } = &change
+            && self.full.get()
+            && f.holes(*offset, bytes.len()).next().is_some()
+        {
             return Err(io::ErrorKind::StorageFull.into());
         }
         apply(&mut f.now, &change, |_| true);
@@ -244,7 +268,26 @@ impl FileIo for Memory {
         if self.cannot_punch.get() {
             return Err(io::ErrorKind::Unsupported.into());
         }
+        if let Some(f) = self.files.borrow_mut().get_mut(file.0 as usize) {
+            let sectors = offset as usize / 512..(offset + len) as usize / 512;
+            f.reserved.retain(|n| !sectors.contains(n));
+        }
         self.change(file, Change::Zero { offset: offset as usize, len: len as usize })
+    }
+
+    async fn reserve(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
+        self.call().await?;
+        if self.cannot_reserve.get() {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
+        let mut files = self.files.borrow_mut();
+        let f = files.get_mut(file.0 as usize).ok_or(io::ErrorKind::NotFound)?;
+        let holes: Vec<usize> = f.holes(offset as usize, len as usize).collect();
+        if self.full.get() && !holes.is_empty() {
+            return Err(io::ErrorKind::StorageFull.into());
+        }
+        f.reserved.extend(holes);
+        Ok(())
     }
 
     async fn zero_range(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {

@@ -156,6 +156,8 @@ pub(crate) struct Table {
     referenced: AtomicBool,
     /// Bit n: sector n differs from the file. Changed under the extent's lock.
     dirty: AtomicU32,
+    /// The host has space for what the table will be.
+    reserved: AtomicBool,
     /// Tickets and flushes that need the table to stay. Changed under the extent's lock.
     pins: AtomicU32,
 }
@@ -167,7 +169,15 @@ impl Table {
     }
 
     pub(crate) fn with(entries: Entries, at: u64, copy: TableCopy) -> Self {
-        Self { entries, at, copy, referenced: AtomicBool::new(true), dirty: AtomicU32::new(0), pins: AtomicU32::new(0) }
+        Self {
+            entries,
+            at,
+            copy,
+            referenced: AtomicBool::new(true),
+            dirty: AtomicU32::new(0),
+            reserved: AtomicBool::new(false),
+            pins: AtomicU32::new(0),
+        }
     }
 
     /// Bytes of memory that the table takes, roughly.
@@ -204,13 +214,18 @@ impl Table {
         self.mark_dirty((0..sectors).fold(0, |mask, n| mask | 1 << n))
     }
 
-    fn mark_dirty(&self, sectors: u32) -> bool {
+    /// Marks sectors as different from the file. Under the extent's lock. Whether the table was clean before.
+    pub(crate) fn mark_dirty(&self, sectors: u32) -> bool {
         self.dirty.fetch_or(sectors, Ordering::Relaxed) == 0
     }
 
-    /// The dirty sectors as (byte offset in the table, bytes), which count as clean from now on. Under the extent's lock.
-    pub(crate) fn take_dirty(&self) -> Vec<(u64, Vec<u8>)> {
-        let dirty = self.dirty.swap(0, Ordering::Relaxed);
+    /// The dirty sectors, which count as clean from now on. Under the extent's lock.
+    pub(crate) fn take_dirty(&self) -> u32 {
+        self.dirty.swap(0, Ordering::Relaxed)
+    }
+
+    /// Sectors as (byte offset in the table, bytes).
+    pub(crate) fn sectors(&self, dirty: u32) -> Vec<(u64, Vec<u8>)> {
         let mut sectors = Vec::new();
         for n in 0..self.entries.len().div_ceil(SECTOR_ENTRIES) {
             if dirty & (1 << n) != 0 {
@@ -219,6 +234,15 @@ impl Table {
             }
         }
         sectors
+    }
+
+    /// Whether the host has space for the table, as far as it says.
+    pub(crate) fn is_reserved(&self) -> bool {
+        self.reserved.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_reserved(&self) {
+        self.reserved.store(true, Ordering::Relaxed);
     }
 
     pub(crate) fn pin(&self) {
@@ -256,11 +280,11 @@ mod tests {
         let t = Table::new((0..512).map(|_| 0), 4096, TableCopy::None);
         assert!(t.set(127, 9));
         assert!(!t.set(511, 7));
-        let dirty = t.take_dirty();
+        let dirty = t.sectors(t.take_dirty());
         assert_eq!(dirty.iter().map(|(at, b)| (*at, b.len())).collect::<Vec<_>>(), [(0, 512), (1536, 512)]);
         assert_eq!(dirty[0].1[508..], 9u32.to_le_bytes());
         assert_eq!(dirty[1].1[508..], 7u32.to_le_bytes());
-        assert!(t.take_dirty().is_empty());
+        assert_eq!(t.take_dirty(), 0);
         assert!(t.evictable());
     }
 
@@ -269,10 +293,10 @@ mod tests {
         let t = Table::new((0..4096).map(|_| 0), 4096, TableCopy::None);
         assert!(t.set_all_dirty());
         t.set(4095, 5);
-        let dirty = t.take_dirty();
+        let dirty = t.sectors(t.take_dirty());
         assert_eq!(dirty.len(), 32);
         assert_eq!((dirty[31].0, &dirty[31].1[508..]), (31 * 512, 5u32.to_le_bytes().as_slice()));
         t.set(4095, 6);
-        assert_eq!(t.take_dirty().iter().map(|(at, _)| *at).collect::<Vec<_>>(), [31 * 512]);
+        assert_eq!(t.sectors(t.take_dirty()).iter().map(|(at, _)| *at).collect::<Vec<_>>(), [31 * 512]);
     }
 }

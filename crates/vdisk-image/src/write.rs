@@ -1,7 +1,7 @@
 //! Writing: in place where there is a grain, else into a fresh one that is shown when it is written, with what the parent has
 //! around the write.
 
-use crate::allocate::{Plan, Ticket};
+use crate::allocate::{Plan, Room, Ticket};
 use crate::cache::GrainKey;
 use crate::disk::{Disk, size};
 use crate::error::{DiskError, ErrorKind};
@@ -41,6 +41,7 @@ enum Obstacle<'a> {
     Need(&'a Sparse, MetaRef),
     Wait(&'a Sparse, u64),
     Grow(&'a Sparse),
+    Reserve(&'a Sparse, Room),
 }
 
 impl Disk {
@@ -88,6 +89,7 @@ impl Disk {
                 Plan::Need(meta) => Obstacle::Need(extent, meta),
                 Plan::Wait(grain) => Obstacle::Wait(extent, grain),
                 Plan::Grow => Obstacle::Grow(extent),
+                Plan::Reserve(room) => Obstacle::Reserve(extent, room),
             };
             self.overcome(io, obstacle).await?;
         }
@@ -101,6 +103,7 @@ impl Disk {
                 Ok(())
             }
             Obstacle::Grow(extent) => self.grow(io, extent).await,
+            Obstacle::Reserve(extent, room) => self.reserve(io, extent, &room).await,
         }
     }
 
@@ -169,6 +172,21 @@ impl Disk {
         (Ok(()), false)
     }
 
+    /// Takes the host's space for a table that is going to change: a full host is to fail this write and not the flush of
+    /// many. A host that cannot do this is asked no more.
+    async fn reserve<I: FileIo>(&self, io: &I, extent: &Sparse, room: &Room) -> Result<(), DiskError> {
+        for &(at, len) in &room.ranges {
+            let Err(e) = io.reserve(extent.file, at, len).await else { continue };
+            let e = DiskError::host(format!("take {len} bytes for a grain table at {at} of {}", extent.name), e);
+            // Any other trouble shows when the table is written.
+            if e.kind() == ErrorKind::NoSpace {
+                return Err(e);
+            }
+        }
+        extent.reserved(room);
+        Ok(())
+    }
+
     /// Extends an extent's file, so that grains can be given out in it.
     async fn grow<I: FileIo>(&self, io: &I, extent: &Sparse) -> Result<(), DiskError> {
         let Some((needed, wanted)) = extent.grow().await else { return Ok(()) };
@@ -234,6 +252,7 @@ impl Disk {
             Plan::Need(meta) => Err(Obstacle::Need(extent, meta)),
             Plan::Wait(grain) => Err(Obstacle::Wait(extent, grain)),
             Plan::Grow => Err(Obstacle::Grow(extent)),
+            Plan::Reserve(room) => Err(Obstacle::Reserve(extent, room)),
         })
     }
 

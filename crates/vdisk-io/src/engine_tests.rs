@@ -132,6 +132,10 @@ impl AnyIo {
         any!(self, io => io.zero_range(id, offset, len).await)
     }
 
+    async fn reserve(&self, id: FileId, offset: u64, len: u64) -> io::Result<()> {
+        any!(self, io => io.reserve(id, offset, len).await)
+    }
+
     async fn set_len(&self, id: FileId, len: u64) -> io::Result<()> {
         any!(self, io => io.set_len(id, len).await)
     }
@@ -237,6 +241,23 @@ fn a_hole_reads_as_zeroes_and_its_space_is_given_back() {
         model[65536..131_072].fill(0);
         model[300_001..305_001].fill(0);
         model[(1 << 20) - 10..].fill(0);
+        assert!(fs::read(path).unwrap() == model);
+    });
+}
+
+#[test]
+fn a_reserved_range_takes_space_and_keeps_its_bytes_and_the_length() {
+    on_every_engine(&pattern(SIZE), async |path, id, io| {
+        io.set_len(id, 1 << 20).await.unwrap();
+        io.sync(id).await.unwrap();
+        let used = || fs::metadata(path).unwrap().blocks() * 512;
+        let before = used();
+        match io.reserve(id, 1000, 300_000).await {
+            Ok(()) => assert!(used() >= before + 250_000, "{before} {}", used()),
+            Err(e) => assert_eq!(e.kind(), io::ErrorKind::Unsupported),
+        }
+        let mut model = pattern(SIZE);
+        model.resize(1 << 20, 0);
         assert!(fs::read(path).unwrap() == model);
     });
 }

@@ -176,6 +176,15 @@ impl HostFile {
         self.fallocate(FallocateFlags::FALLOC_FL_ZERO_RANGE, offset, len)
     }
 
+    /// Takes space for the range, whose bytes stay: fallocate(2).
+    ///
+    /// # Errors
+    ///
+    /// [`io::ErrorKind::Unsupported`] where the file system cannot.
+    pub fn reserve(&self, offset: u64, len: u64) -> io::Result<()> {
+        self.fallocate(FallocateFlags::empty(), offset, len)
+    }
+
     /// Where data and holes are: lseek(2), `SEEK_DATA` and `SEEK_HOLE`. All is data where the host does not tell.
     pub fn stored_at(&self, offset: u64) -> Stored {
         match self.window {

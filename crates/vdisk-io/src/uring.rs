@@ -164,6 +164,10 @@ impl<R: Ring> FileIo for UringIo<R> {
         self.fallocate(file, libc::FALLOC_FL_ZERO_RANGE, offset, len).await
     }
 
+    async fn reserve(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
+        self.fallocate(file, 0, offset, len).await
+    }
+
     /// A plain lseek(2): io_uring has none, and it waits for no disk but to read the file system's own tables.
     async fn stored_at(&self, file: FileId, offset: u64) -> io::Result<Stored> {
         Ok(self.files.find(file)?.stored_at(offset))

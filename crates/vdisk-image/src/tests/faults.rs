@@ -2,7 +2,7 @@
 
 use super::fixtures::{DISK, SHAPES, Shape, faults, flush, image, open, read, run, write};
 use crate::ErrorKind;
-use crate::memory::Memory;
+use crate::memory::{Memory, Random};
 
 const EIO: i32 = 5;
 const ENOSPC: i32 = 28;
@@ -87,4 +87,83 @@ fn a_failed_sync_poisons_writes_and_leaves_reads() {
             assert_eq!(memory.files()[0].1[72], 1, "marked clean after a lost write");
         }
     }
+}
+
+/// From inside of [`run`].
+async fn reopened(memory: &Memory) -> crate::Disk {
+    crate::Disk::open(memory, crate::FileId(0), &super::fixtures::OPTIONS).await.unwrap()
+}
+
+/// Without space for anything new: data that has a place, and tables that were reserved, can still be written.
+#[test]
+fn a_full_host_fails_the_write_that_needs_space_and_never_the_flush_of_others() {
+    for shape in SHAPES {
+        let memory = Memory::new(image(shape), 1);
+        let disk = open(&memory).unwrap();
+        run(async {
+            write(&disk, &memory, 0, &[1; 4096]).await.unwrap();
+            memory.full.set(true);
+            let mut full = 0;
+            // Far apart: many tables, whose places are holes.
+            for n in 1..6 {
+                let result = write(&disk, &memory, n << 20, &[2; 4096]).await;
+                full += u32::from(result.is_err_and(|e| e.kind() == ErrorKind::NoSpace));
+            }
+            assert_eq!(full, 5, "{shape:?}");
+            flush(&disk, &memory).await.unwrap();
+            assert!(!disk.is_poisoned());
+            let cut = Memory::new(memory.after_power_cut(&Random::new(1)), 1);
+            assert!(read(&reopened(&cut).await, &cut, 0, 4096).await.unwrap() == [1; 4096], "{shape:?}");
+            memory.full.set(false);
+            write(&disk, &memory, 3 << 20, &[3; 4096]).await.unwrap();
+            disk.close(&memory).await.unwrap();
+            assert!(read(&disk, &memory, 3 << 20, 4096).await.unwrap() == [3; 4096], "{shape:?}");
+        });
+        assert_eq!(faults(&memory.files(), true), [""; 0], "{shape:?}");
+    }
+}
+
+/// Some hosts cannot promise space. Then a flush may find none, and must be able to go on later.
+#[test]
+fn a_flush_that_finds_the_host_full_loses_nothing_and_succeeds_later() {
+    for shape in SHAPES {
+        let memory = Memory::new(image(shape), 1);
+        memory.cannot_reserve.set(true);
+        let disk = open(&memory).unwrap();
+        run(async {
+            write(&disk, &memory, 0, &[1; 4096]).await.unwrap();
+            write(&disk, &memory, 3 << 20, &[2; 9000]).await.unwrap();
+            memory.full.set(true);
+            let has_tables = shape != Shape::Raw;
+            for _ in 0..2 {
+                let result = flush(&disk, &memory).await;
+                assert_eq!(result.err().map(|e| e.kind()), has_tables.then_some(ErrorKind::NoSpace), "{shape:?}");
+            }
+            assert!(!disk.is_poisoned());
+            assert!(read(&disk, &memory, 0, 4096).await.unwrap() == [1; 4096]);
+            // In place it goes on, and what is written now counts as well.
+            write(&disk, &memory, 100, &[5; 300]).await.unwrap();
+            memory.full.set(false);
+            flush(&disk, &memory).await.unwrap();
+            let cut = Memory::new(memory.after_power_cut(&Random::new(7)), 1);
+            let again = reopened(&cut).await;
+            let got = read(&again, &cut, 0, 4096).await.unwrap();
+            assert!((0..4096).all(|n| got[n] == if (100..400).contains(&n) { 5 } else { 1 }), "{shape:?}");
+            assert!(read(&again, &cut, 3 << 20, 9000).await.unwrap() == [2; 9000], "{shape:?}");
+            disk.close(&memory).await.unwrap();
+        });
+        assert_eq!(faults(&memory.files(), true), [""; 0], "{shape:?}");
+    }
+}
+
+#[test]
+fn a_sync_that_says_the_host_is_full_poisons_like_any_other() {
+    let memory = Memory::new(image(Shape::Sparse), 1);
+    let disk = open(&memory).unwrap();
+    run(async {
+        write(&disk, &memory, 0, &[1; 4096]).await.unwrap();
+        memory.fail_call.set(Some((memory.calls(), ENOSPC)));
+        assert_eq!(flush(&disk, &memory).await.unwrap_err().kind(), ErrorKind::NoSpace);
+        assert!(disk.is_poisoned());
+    });
 }
