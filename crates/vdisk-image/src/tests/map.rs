@@ -35,7 +35,7 @@ fn check(disk: &Disk, memory: &Memory, expected: &[u8]) -> Vec<(u64, Run)> {
                 assert!(bytes == &files[file.0 as usize].1[offset as usize..][..bytes.len()], "{start}: {run:?}");
             }
             RunKind::Zero { .. } | RunKind::Hole => assert!(bytes.iter().all(|b| *b == 0), "{start}: {run:?}"),
-            RunKind::Compressed { .. } => panic!("{run:?}"),
+            RunKind::Compressed { .. } | RunKind::NoAccess => panic!("{run:?}"),
         }
     }
     runs
