@@ -62,11 +62,18 @@ pub(crate) fn chain(error: &(dyn Error + 'static)) -> String {
     while let Some(cause) = next {
         let cause_text = link(cause);
         if !text.ends_with(&cause_text) {
-            text = format!("{text}: {cause_text}");
+            text = format!("{text}: {}", without_name(&text, &cause_text));
         }
         next = cause.source();
     }
     text
+}
+
+/// What a cause says without the name in quotes that it begins with, if the text before it ends with that.
+fn without_name<'a>(text: &str, cause: &'a str) -> &'a str {
+    let name = text.rfind(" \"").map_or("", |at| &text[at + 1..]);
+    let rest = cause.strip_prefix(name).filter(|_| name.len() > 1 && name.ends_with('"'));
+    rest.map_or(cause, |rest| rest.trim_start_matches([':', ' ']))
 }
 
 fn link(error: &(dyn Error + 'static)) -> String {
@@ -124,6 +131,19 @@ mod tests {
         let open = Layer("open \"d-s002.vmdk\"", Some(Box::new(host)));
         let extent = Layer("extent 2", Some(Box::new(open)));
         assert_eq!(chain(&extent), "extent 2: open \"d-s002.vmdk\": No such file or directory");
+    }
+
+    #[test]
+    fn a_name_that_the_cause_repeats_is_said_once() {
+        for (cause, said) in [
+            ("\"../a b\": No such file", "No such file"),
+            ("\"../a b\" leaves the directory", "leaves the directory"),
+            ("\"other\": No such file", "\"other\": No such file"),
+        ] {
+            let host = io::Error::other(cause);
+            let open = Layer("extent 2: open \"../a b\"", Some(Box::new(host)));
+            assert_eq!(chain(&open), format!("extent 2: open \"../a b\": {said}"));
+        }
     }
 
     #[test]

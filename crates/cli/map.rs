@@ -14,7 +14,8 @@ use crate::table;
 
 /// Show which parts of the disk are data, zeroes or a hole, and where they are
 ///
-/// A line for each run. DEPTH says which file of a chain decides: 0 is the image, 1 its parent. A hole is in none of them.
+/// A line for each run. DEPTH says which file of a chain decides: 0 is the image, 1 its parent. A hole is in none of them; noaccess is what the
+/// image says not to read.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  vdisk map --json disk.vmdk | jq '[.[] | select(.data) | .length] | add'")]
 pub(crate) struct Args {
@@ -37,7 +38,7 @@ struct Entry<'a> {
     start: u64,
     length: u64,
     depth: usize,
-    /// It is in the file.
+    /// It is in the file. Neither this nor zeroes if it may not be read (NOACCESS).
     data: bool,
     /// It reads as zeroes, whatever it is.
     zero: bool,
@@ -95,13 +96,13 @@ impl<'a> Entry<'a> {
                 (name(file), Some(offset))
             }
             RunKind::Compressed { file } => (name(file), None),
-            RunKind::Zero { place: None } | RunKind::Hole => (None, None),
+            RunKind::Zero { place: None } | RunKind::NoAccess | RunKind::Hole => (None, None),
         };
         Self {
             start,
             length: run.len,
             depth: run.depth,
-            data: !run.is_hole(),
+            data: !run.is_hole() && run.kind != RunKind::NoAccess,
             zero: run.is_hole(),
             present: run.kind != RunKind::Hole,
             compressed: matches!(run.kind, RunKind::Compressed { .. }),
@@ -114,6 +115,7 @@ impl<'a> Entry<'a> {
         match self {
             Self { compressed: true, .. } => "compressed",
             Self { data: true, .. } => "data",
+            Self { present: true, zero: false, .. } => "noaccess",
             Self { present: true, .. } => "zero",
             _ => "hole",
         }

@@ -107,7 +107,10 @@ impl Sparse {
         match self.map(offset, len)? {
             crate::image::Mapping::NeedMeta(meta) => return Ok(Plan::Need(meta)),
             crate::image::Mapping::Data { offset, len, .. } => return Ok(Plan::Write { offset, len, ticket: None }),
-            crate::image::Mapping::Zero { .. } | crate::image::Mapping::Parent { .. } => {}
+            // Of the extent itself, which may be written, and not of its place.
+            crate::image::Mapping::Zero { .. }
+            | crate::image::Mapping::Parent { .. }
+            | crate::image::Mapping::Barred { .. } => {}
             crate::image::Mapping::Compressed { record, .. } => return Err(self.compressed(record.at)),
         }
         let table = match self.table(index, Arc::clone) {

@@ -132,12 +132,12 @@ impl Disk {
         let compare = extent.unclean && extent.rgd_at.is_some();
         let mut used = Used::new(extent);
         for page in 0..extent.page_count() {
-            let _loaded = self.load_page(io, extent, page).await?;
+            let Some(_loaded) = self.load_page(io, extent, page).await? else { continue };
             used.take_tables(page)?;
         }
         let mut end = extent.metadata_end();
         for page in 0..extent.page_count() {
-            let _loaded = self.load_page(io, extent, page).await?;
+            let Some(_loaded) = self.load_page(io, extent, page).await? else { continue };
             end = end.max(extent.end_of_tables(page));
             for run in extent.table_runs(page, SCAN_BYTES).unwrap_or_default() {
                 let len = run.count * extent.table_bytes();
@@ -166,7 +166,7 @@ impl Disk {
     async fn mend_copies<I: FileIo>(&self, io: &I, extent: &Sparse) -> Result<(), DiskError> {
         let mut count = 0u64;
         for page in 0..extent.page_count() {
-            let _loaded = self.load_page(io, extent, page).await?;
+            let Some(_loaded) = self.load_page(io, extent, page).await? else { continue };
             extent.forget_unborn_tables(page);
             let runs = extent.table_runs(page, SCAN_BYTES).unwrap_or_default();
             for (table, at) in runs.iter().flat_map(|run| run.tables(extent.table_bytes())) {
@@ -190,13 +190,20 @@ impl Disk {
         Ok(())
     }
 
-    /// The page of the directory, which stays in memory while the answer is held.
-    async fn load_page<I: FileIo>(&self, io: &I, extent: &Sparse, page: u64) -> Result<Arc<Page>, DiskError> {
+    /// The page of the directory, which stays in memory while the answer is held. `None` if it names nothing: it lies in a hole.
+    async fn load_page<I: FileIo>(&self, io: &I, extent: &Sparse, page: u64) -> Result<Option<Arc<Page>>, DiskError> {
+        let meta = MetaRef::Directory(page);
         loop {
             if let Some((page, _)) = extent.page(page * PAGE_ENTRIES) {
-                return Ok(page);
+                return Ok(Some(page));
             }
-            self.load(io, extent, MetaRef::Directory(page)).await?;
+            if let Some((at, copy_at, len)) = extent.place_of(meta)?
+                && self.is_hole(io, extent.file, at, len).await
+                && self.is_hole(io, extent.file, copy_at.unwrap_or(at), len).await
+            {
+                return Ok(None);
+            }
+            self.load(io, extent, meta).await?;
         }
     }
 

@@ -18,6 +18,8 @@ pub(crate) enum Mapping {
     Zero { len: u64 },
     /// Not in this link of the chain: the parent has it, and without a parent it reads as zeroes.
     Parent { len: u64 },
+    /// In an extent marked NOACCESS.
+    Barred { len: u64 },
     /// Not known before this is read.
     NeedMeta(MetaRef),
 }
@@ -176,13 +178,10 @@ impl Place<'_> {
     ///
     /// # Errors
     ///
-    /// [`ErrorKind::Corrupt`] from the tables; [`ErrorKind::PermissionDenied`] in an extent marked NOACCESS.
+    /// [`ErrorKind::Corrupt`] from the tables.
     pub(crate) fn map(&self) -> Result<Mapping, DiskError> {
         if self.extent.access == Access::NoAccess {
-            return Err(DiskError::new(
-                ErrorKind::PermissionDenied,
-                format!("the extent at byte {} of the disk is marked NOACCESS", self.extent.start),
-            ));
+            return Ok(Mapping::Barred { len: self.len });
         }
         match &self.extent.layout {
             Layout::Flat { file, offset } => {

@@ -206,9 +206,13 @@ impl<'a, F: Files> Opening<'a, F> {
                 format!("{name}: the header says {}, but the descriptor {}", header.capacity, line.sectors),
             ));
         }
-        // Writers round up to a grain or do not.
+        // Writers round up to a grain or do not; more than that is of another disk.
         if header.capacity.0.div_ceil(header.grain_size.0) > line.sectors.0.div_ceil(header.grain_size.0) {
             let detail = format!("the header says {}, but the descriptor {}", header.capacity, line.sectors);
+            if !read_only {
+                let what = format!("{name}: {detail}: use --read-only");
+                return Err(DiskError::new(ErrorKind::Unsupported, what));
+            }
             self.fault(FaultKind::Capacity, file, CAPACITY_AT, detail);
         }
         let stream = stream::open(self.files, file, &mut header, read_only, &mut self.link.info.notices).await?;
@@ -344,7 +348,8 @@ impl<'a, F: Files> Opening<'a, F> {
     }
 
     async fn descriptor(&self, file: FileId, at: u64, len: u64) -> Result<(Descriptor, Vec<u8>), DiskError> {
-        let text = self.read(file, at, len.min(vmdk_parse::MAX_TEXT_BYTES)).await?;
+        // One byte more than there may be: a text that is too long is refused, not cut.
+        let text = self.read(file, at, len.min(vmdk_parse::MAX_TEXT_BYTES + 1)).await?;
         let descriptor = Descriptor::decode(&text)
             .map_err(|e| DiskError::new(ErrorKind::Corrupt, format!("{}: descriptor", self.name(file))).because(e))?;
         Ok((descriptor, text))

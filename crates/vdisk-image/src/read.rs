@@ -2,7 +2,7 @@
 
 use crate::cache::{Cached, MAX_GRAIN};
 use crate::disk::{Disk, size};
-use crate::error::DiskError;
+use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo};
 use crate::image::{Found, Grain, Layout, Mapping, Place};
 use crate::inflate::{Packed, Packs};
@@ -83,6 +83,11 @@ impl Disk {
                 Mapping::Zero { len } | Mapping::Parent { len } => {
                     io.fill_zero(buf, size(done)..size(done + len));
                     done += len;
+                }
+                Mapping::Barred { .. } => {
+                    let at = place.map_or(offset + done, |p| p.extent.start);
+                    let what = format!("the extent at byte {at} of the disk is marked NOACCESS");
+                    return Err(DiskError::new(ErrorKind::PermissionDenied, what));
                 }
                 Mapping::Compressed { file, record, skip, len } => {
                     packs.push(Packed { file, record, skip, len, start: done });

@@ -17,6 +17,22 @@ pub(crate) struct TableRun {
 }
 
 impl TableRun {
+    /// Joins tables (index, byte offset) of `bytes` each that follow one another, to runs of at most `limit` bytes.
+    pub(crate) fn of(tables: impl Iterator<Item = (u64, u64)>, bytes: u64, limit: u64) -> Vec<Self> {
+        let mut runs: Vec<Self> = Vec::new();
+        for (table, at) in tables {
+            match runs.last_mut() {
+                Some(r)
+                    if r.first + r.count == table && r.at + r.count * bytes == at && (r.count + 1) * bytes <= limit =>
+                {
+                    r.count += 1;
+                }
+                _ => runs.push(Self { first: table, count: 1, at }),
+            }
+        }
+        runs
+    }
+
     /// The tables (index, byte offset), each of `bytes`.
     pub(crate) fn tables(self, bytes: u64) -> impl Iterator<Item = (u64, u64)> {
         (0..self.count).map(move |n| (self.first + n, self.at + n * bytes))
@@ -50,22 +66,10 @@ impl Sparse {
     pub(crate) fn table_runs(&self, page: u64, limit: u64) -> Result<Vec<TableRun>, MetaRef> {
         let first = page * PAGE_ENTRIES;
         let (loaded, _) = self.page(first).ok_or(MetaRef::Directory(page))?;
-        let mut runs: Vec<TableRun> = Vec::new();
-        for (table, gde) in (first..).zip(loaded.gd.iter()).filter(|(_, gde)| *gde != 0) {
-            // A table outside the file fails where it is used; here it only has no entries.
-            let Ok(at) = self.table_at(table, gde) else { continue };
-            match runs.last_mut() {
-                Some(r)
-                    if r.first + r.count == table
-                        && r.at + r.count * self.table_bytes() == at
-                        && (r.count + 1) * self.table_bytes() <= limit =>
-                {
-                    r.count += 1;
-                }
-                _ => runs.push(TableRun { first: table, count: 1, at }),
-            }
-        }
-        Ok(runs)
+        let there = (first..).zip(loaded.gd.iter()).filter(|(_, gde)| *gde != 0);
+        // A table outside the file fails where it is used; here it only has no entries.
+        let tables = there.filter_map(|(table, gde)| Some((table, self.table_at(table, gde).ok()?)));
+        Ok(TableRun::of(tables, self.table_bytes(), limit))
     }
 
     /// First byte behind every table that a page of the directory or of its copy names, whether the file reaches it or not.

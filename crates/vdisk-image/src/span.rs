@@ -47,6 +47,8 @@ pub enum RunKind {
         /// there are zeroes.
         place: Option<(FileId, u64)>,
     },
+    /// It may not be read: the image says so (NOACCESS).
+    NoAccess,
     /// Not at all, nor has any other link: it reads as zeroes.
     Hole,
 }
@@ -56,7 +58,7 @@ impl Run {
     pub fn is_hole(&self) -> bool {
         match self.kind {
             RunKind::Zero { .. } | RunKind::Hole => true,
-            RunKind::Data { .. } | RunKind::Compressed { .. } => false,
+            RunKind::Data { .. } | RunKind::Compressed { .. } | RunKind::NoAccess => false,
         }
     }
 
@@ -66,7 +68,9 @@ impl Run {
         let expected = match self.kind {
             RunKind::Data { file, offset } => RunKind::Data { file, offset: after(offset) },
             RunKind::Zero { place: Some((file, offset)) } => RunKind::Zero { place: Some((file, after(offset))) },
-            kind @ (RunKind::Compressed { .. } | RunKind::Zero { place: None } | RunKind::Hole) => kind,
+            kind @ (RunKind::Compressed { .. } | RunKind::Zero { place: None } | RunKind::NoAccess | RunKind::Hole) => {
+                kind
+            }
         };
         (self.depth, expected) == (next.depth, next.kind)
     }
@@ -155,6 +159,7 @@ impl Disk {
                     continue;
                 }
                 (Mapping::Zero { len }, Some(_)) => (len, RunKind::Zero { place: None }),
+                (Mapping::Barred { len }, _) => (len, RunKind::NoAccess),
                 (Mapping::Compressed { file, len, .. }, _) => (len, RunKind::Compressed { file }),
                 (Mapping::Data { file, offset, len, .. }, _) => {
                     let stored = self.stored(io, file, offset, &mut walk.data).await?;
@@ -172,7 +177,8 @@ impl Disk {
         }
     }
 
-    /// How many bytes of the place are absent because their grain tables, of which `meta` is the first, lie in a hole of the file.
+    /// How many bytes of the place are absent because their grain tables or pages of the directory, of which `meta` is the first,
+    /// lie in a hole of the file.
     /// Programs that make all tables beforehand leave most of them so, and there are millions in a large image.
     async fn absent_by_hole<I: FileIo>(
         &self,
@@ -181,13 +187,13 @@ impl Disk {
         meta: MetaRef,
         told: &mut Option<Told>,
     ) -> Result<u64, DiskError> {
-        let (Layout::Sparse(extent), MetaRef::Table(_)) = (&place.extent.layout, meta) else { return Ok(0) };
+        let Layout::Sparse(extent) = &place.extent.layout else { return Ok(0) };
         let Some((at, _, _)) = extent.place_of(meta)? else { return Ok(0) };
         let stored = self.stored(io, extent.file, at, told).await?;
         if !stored.hole {
             return Ok(0);
         }
-        Ok(extent.absent_by_hole(place.offset, place.len, &(at..at.saturating_add(stored.len))))
+        Ok(extent.absent_by_hole(meta, place.offset, place.len, &(at..at.saturating_add(stored.len))))
     }
 
     async fn stored<I: FileIo>(

@@ -5,6 +5,7 @@
 
 use crate::allocate::State;
 use crate::coding::{Coding, Entry};
+use crate::disk::size;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::FileId;
 use crate::image::{Grain, Mapping};
@@ -320,11 +321,22 @@ impl Sparse {
         (tables * self.gtes).saturating_sub(entry)
     }
 
-    /// How many bytes from an offset in the extent on are absent because the tables there lie in `hole`, a part of the file
-    /// that is zeroes. Looks at `len` bytes at most.
-    pub(crate) fn absent_by_hole(&self, offset: u64, len: u64, hole: &Range<u64>) -> u64 {
+    /// How many bytes from an offset in the extent on are absent because what is to be read there first, `meta`, and what
+    /// follows it lies in `hole`, a part of the file that is zeroes. Looks at `len` bytes at most.
+    pub(crate) fn absent_by_hole(&self, meta: MetaRef, offset: u64, len: u64, hole: &Range<u64>) -> u64 {
         let (table, entry, skip) = self.split(offset);
-        let grains = self.absent_from(table, entry, (skip + len).div_ceil(self.grain), Some(hole));
+        let grains = match meta {
+            MetaRef::Table(_) => self.absent_from(table, entry, (skip + len).div_ceil(self.grain), Some(hole)),
+            MetaRef::Directory(page) => {
+                let pages = (page..self.pages.len() as u64).take_while(|page| {
+                    let place = self.place_of(MetaRef::Directory(*page)).ok().flatten();
+                    // What is in memory may be newer.
+                    place.is_some_and(|(at, _, len)| at + len <= hole.end) && !self.has(MetaRef::Directory(*page))
+                });
+                let tables = pages.count() as u64 * PAGE_ENTRIES;
+                (tables * self.gtes).saturating_sub(table % PAGE_ENTRIES * self.gtes + entry as u64)
+            }
+        };
         len.min(grains.saturating_mul(self.grain).saturating_sub(skip))
     }
 
@@ -494,9 +506,9 @@ impl Sparse {
     }
 }
 
-#[expect(clippy::cast_possible_truncation, reason = "below PAGE_ENTRIES")]
 fn index_in_page(table: u64) -> usize {
-    (table % PAGE_ENTRIES) as usize
+    // Below PAGE_ENTRIES.
+    size(table % PAGE_ENTRIES)
 }
 
 /// What is known of a table.

@@ -4,7 +4,7 @@ use crate::error::{DiskError, ErrorKind};
 use crate::scan::TableRun;
 use crate::sparse::Sparse;
 use roaring::RoaringTreemap;
-use std::iter;
+use std::ops::Range;
 use vmdk_parse::SECTOR_SIZE;
 
 /// Places of a file that are in use, each by a piece of the same size (a grain, a table), no two of which overlap.
@@ -55,17 +55,42 @@ impl PlaceSet {
     }
 }
 
+/// Sectors of a file that are in use: for areas that lie in a row, which are taken in together.
+#[derive(Debug, Default)]
+pub(crate) struct SectorSet(RoaringTreemap);
+
+impl SectorSet {
+    /// Takes in `len` bytes from byte `at` on, both multiples of a sector. `false`, and nothing is taken in, if any of them is
+    /// there.
+    pub(crate) fn insert(&mut self, at: u64, len: u64) -> bool {
+        if self.overlaps(at, len) {
+            return false;
+        }
+        self.0.insert_range(sectors(at, len));
+        true
+    }
+
+    /// Whether any of the bytes is there.
+    pub(crate) fn overlaps(&self, at: u64, len: u64) -> bool {
+        self.0.range_cardinality(sectors(at, len)) > 0
+    }
+}
+
+fn sectors(at: u64, len: u64) -> Range<u64> {
+    at / SECTOR_SIZE..(at / SECTOR_SIZE).saturating_add(len / SECTOR_SIZE)
+}
+
 /// What the tables of an extent that is to change name, as far as it was looked through.
 pub(crate) struct Used<'a> {
     extent: &'a Sparse,
     /// Tables and their copies.
-    tables: PlaceSet,
+    tables: SectorSet,
     grains: PlaceSet,
 }
 
 impl<'a> Used<'a> {
     pub(crate) fn new(extent: &'a Sparse) -> Self {
-        Self { extent, tables: PlaceSet::new(extent.table_bytes()), grains: PlaceSet::new(extent.grain) }
+        Self { extent, tables: SectorSet::default(), grains: PlaceSet::new(extent.grain) }
     }
 
     /// Takes in the tables that a page of the directory and of its copy name. The page is in memory.
@@ -74,10 +99,17 @@ impl<'a> Used<'a> {
     ///
     /// [`ErrorKind::Corrupt`] if two of them overlap.
     pub(crate) fn take_tables(&mut self, page: u64) -> Result<(), DiskError> {
+        let bytes = self.extent.table_bytes();
         let runs = self.extent.table_runs(page, u64::MAX).unwrap_or_default();
-        for (table, at) in runs.iter().flat_map(|run| run.tables(self.extent.table_bytes())) {
-            for at in iter::once(at).chain(self.extent.copy_at(table)) {
-                if !self.tables.insert(at) {
+        let tables = || runs.iter().flat_map(|run| run.tables(bytes)).map(|(table, _)| table);
+        let copies = TableRun::of(tables().filter_map(|t| Some((t, self.extent.copy_at(t)?))), bytes, u64::MAX);
+        for run in runs.iter().chain(&copies) {
+            if self.tables.insert(run.at, run.count * bytes) {
+                continue;
+            }
+            // Which one is it?
+            for (table, at) in run.tables(bytes) {
+                if !self.tables.insert(at, bytes) {
                     let what = format!("grain table {table} at sector {} overlaps another one", at / SECTOR_SIZE);
                     return Err(self.cannot_change(&what));
                 }
@@ -116,6 +148,7 @@ impl<'a> Used<'a> {
 }
 
 #[cfg(test)]
+#[allow(clippy::cast_possible_truncation, reason = "sizes in tests are small")]
 mod tests {
     use super::*;
 
@@ -154,6 +187,16 @@ mod tests {
         ] {
             assert_eq!(set.overlaps(at(start), at(len)), overlaps, "{start} + {len}");
         }
+    }
+
+    #[test]
+    fn areas_may_touch_but_not_overlap() {
+        let mut set = SectorSet::default();
+        assert!(set.insert(at(10), at(4)) && set.insert(at(14), at(1000)) && set.insert(at(6), at(4)));
+        for (start, len) in [(6, 1), (0, 7), (13, 2), (1013, 1), (0, 5000)] {
+            assert!(!set.insert(at(start), at(len)), "{start} + {len}");
+        }
+        assert!(!set.overlaps(at(0), at(6)) && !set.overlaps(at(1014), at(1)) && !set.overlaps(u64::MAX - 511, 512));
     }
 
     #[test]

@@ -62,7 +62,8 @@ impl Disk {
                 place.check_writable()?;
                 match place.map()? {
                     Mapping::NeedMeta(meta) => self.load_at(io, place, meta).await?,
-                    Mapping::Zero { len } => done += len,
+                    // Who may be written is not barred.
+                    Mapping::Zero { len } | Mapping::Barred { len } => done += len,
                     Mapping::Parent { len } if how == Zeroing::Discard => done += len,
                     Mapping::Parent { len } => match self.chain.find_from(1, offset + done, len) {
                         Ok(Found { place: Some(below), mapping: Mapping::NeedMeta(meta), .. }) => {

@@ -319,7 +319,9 @@ impl<I: FileIo, W: CheckWatch> Check<'_, I, W> {
             match self.extent.map(grain * bytes, bytes)? {
                 Mapping::Compressed { record, .. } => break record,
                 Mapping::NeedMeta(meta) => self.disk.load(self.io, self.extent, meta).await?,
-                Mapping::Data { .. } | Mapping::Zero { .. } | Mapping::Parent { .. } => return Ok(()),
+                Mapping::Data { .. } | Mapping::Zero { .. } | Mapping::Parent { .. } | Mapping::Barred { .. } => {
+                    return Ok(());
+                }
             }
         };
         if let Err(e) = self.disk.inflate(self.io, self.extent.file, &record, bytes, |_, _| ()).await {

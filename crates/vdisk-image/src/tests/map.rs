@@ -35,7 +35,7 @@ fn check(disk: &Disk, memory: &Memory, expected: &[u8]) -> Vec<(u64, Run)> {
                 assert!(bytes == &files[file.0 as usize].1[offset as usize..][..bytes.len()], "{start}: {run:?}");
             }
             RunKind::Zero { .. } | RunKind::Hole => assert!(bytes.iter().all(|b| *b == 0), "{start}: {run:?}"),
-            RunKind::Compressed { .. } => panic!("{run:?}"),
+            RunKind::Compressed { .. } | RunKind::NoAccess => panic!("{run:?}"),
         }
     }
     runs
@@ -170,8 +170,8 @@ fn the_empty_tables_of_a_large_image_are_not_read() {
         let disk = open_with(&memory, &read_only).unwrap();
         let before = memory.calls();
         assert_eq!(map(&disk, &memory), [(0, Run { len: 128 << 30, depth: 0, kind: RunKind::Hole })]);
-        // Four pages of the directory, and a look at the first table of each at most.
-        assert!(memory.calls() - before <= 8, "{}", memory.calls() - before);
+        // Four pages of the directory, and a look at each of them and at the first table of each at most.
+        assert!(memory.calls() - before <= 12, "{}", memory.calls() - before);
         if tables {
             // One grain, in the last entry of table 1500.
             let place = (file.len() / 512) as u32;
