@@ -77,6 +77,45 @@ fn nbdinfo_sees_what_the_server_can() {
     }
 }
 
+/// What qemu-img does not make, and what lies in an archive. A check of its subformats is in tests/check.rs.
+#[test]
+fn a_check_goes_through_every_kind_of_extent() {
+    const SECTORS: u64 = 131_072;
+    let dir = tempfile::tempdir().unwrap();
+    let put = |name: &str, bytes: &[u8]| std::fs::write(dir.path().join(name), bytes).unwrap();
+    fixtures(dir.path(), "64M");
+    put("x", &cowd(SECTORS, 128));
+    let cowd = descriptor("vmfsSparse", "VMFSSPARSE", SECTORS);
+    put("cowd.vmdk", cowd.as_bytes());
+    let line = format!("RW {SECTORS} VMFSSPARSE \"x\"");
+    let lines = format!(
+        "{line}\nRW 2048 ZERO\nRDONLY {SECTORS} SPARSE \"monolithicSparse.vmdk\"\nRW 99 VMFS \"vmfs-flat.vmdk\""
+    );
+    put("mixed.vmdk", cowd.replace(&line, &lines).as_bytes());
+    put("short.vmdk", cowd.replace(&line, "RW 131073 VMFS \"vmfs-flat.vmdk\"").as_bytes());
+    put("se", &se_sparse(true));
+    put("se.vmdk", descriptor("seSparse", "SESPARSE", SE_SPARSE_SECTORS).replace("\"x\"", "\"se\"").as_bytes());
+    sh(
+        dir.path(),
+        r#"for image in cowd monolithicSparse; do
+            serving $image.vmdk qemu-io -f raw -c 'write -q -P 5 9M 9M' -c 'discard -q 12M 1M' 'nbd+unix:///?socket=sock'
+        done
+        cp monolithicSparse.vmdk three.vmdk; printf '\3' | dd of=three.vmdk bs=1 seek=4 conv=notrunc status=none
+        options='--overlay over.vmdk' serving se.vmdk qemu-io -f raw -c 'write -q -P 5 9M 9M' 'nbd+unix:///?socket=sock'
+        qemu-img convert -f vmdk -O vmdk -o subformat=streamOptimized monolithicSparse.vmdk stream.vmdk
+        clean() { "$vdisk" check $1 >said || { cat said; return 1; }; grep -q '^no errors found' said; }
+        for image in cowd mixed three vmfs stream; do clean $image.vmdk; done
+        tar cf box.ova stream.vmdk; clean box.ova
+        # Places that several entries name: below the overlay too.
+        for image in se over; do if "$vdisk" check $image.vmdk >said; then exit 1; fi; grep -q 'se: ' said; done
+        if "$vdisk" check short.vmdk >said 2>&1; then exit 1; fi; grep -q 'vmfs-flat.vmdk' said
+        # A byte of the first grain of the stream.
+        printf '\377' | dd of=stream.vmdk bs=1 seek=65600 conv=notrunc status=none
+        tar cf box.ova stream.vmdk
+        for image in stream.vmdk box.ova; do if "$vdisk" check $image >said; then exit 1; fi; grep -q 'grain' said; done"#,
+    );
+}
+
 /// What is written to 16 MiB and discarded but for one grain, in every kind of image that can be written, and in children.
 #[test]
 fn a_discard_gives_the_space_back_in_every_format_that_can_be_written() {

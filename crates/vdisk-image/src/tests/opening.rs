@@ -1,8 +1,9 @@
 //! What opens and what is refused.
 
-use super::fixtures::{DISK, NAME, OPTIONS, SHAPES, Shape, image, open, open_with, read, run, sparse, write};
+use super::fixtures::{DISK, NAME, OPTIONS, SHAPES, Shape, image, open, open_with, read, request, run, sparse, write};
 use crate::memory::Memory;
-use crate::{ErrorKind, Format, OpenOptions};
+use crate::{ErrorKind, Format, Op, OpenOptions};
+use std::cell::RefCell;
 
 fn refused(files: Vec<(String, Vec<u8>)>) -> (ErrorKind, String) {
     let e = open(&Memory::new(files, 0)).map(|_| ()).unwrap_err();
@@ -91,6 +92,8 @@ fn zero_extents_keep_their_place_between_the_others() {
     assert!(got == [[1; 4096], [0; 4096], [2; 4096]].concat());
     for offset in [4096, 8192] {
         assert_eq!(run(write(&disk, &memory, offset, &[9; 512])).unwrap_err().kind(), ErrorKind::ReadOnly);
+        let discard = run(request(&disk, &memory, Op::Discard, offset, 512, &RefCell::default()));
+        assert_eq!(discard.unwrap_err().kind(), ErrorKind::ReadOnly);
     }
 }
 
