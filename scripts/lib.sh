@@ -164,3 +164,21 @@ need_rust() {
     hash -r
     rust_ok "$want" || die "Rust $want is still missing (found: $(cargo --version 2>/dev/null || echo none))"
 }
+
+# A Python with the readers that tests/oracles.rs compares with, named by VDISK_ORACLES. In the cache, as it is nothing of Debian's.
+need_oracles() {
+    local dir=${XDG_CACHE_HOME:-$HOME/.cache}/vdisk-oracles list=$repo/tests/oracles.txt
+    export VDISK_ORACLES=$dir/bin/python
+    # Asked to work, too: a new Python of the distribution leaves nothing of the old one's.
+    if cmp -s "$list" "$dir/list" && oracles_work 2>/dev/null; then return 0; fi
+    say "Missing Python packages: $(sed '/^#/d' "$list" | paste -sd ' ')"
+    confirm "Install them in $dir?" || die "needed: the packages in $list"
+    rm -rf "$dir"
+    # Not another Python in the PATH: this is the one that the package python3-venv is for.
+    /usr/bin/python3 -m venv "$dir" >&2 || die "could not make $dir"
+    retry "$dir/bin/pip" --quiet --disable-pip-version-check install -r "$list" >&2 || die "could not install the packages in $list"
+    oracles_work || die "the packages in $list do not work"
+    cp "$list" "$dir/list"
+}
+
+oracles_work() { "$VDISK_ORACLES" -c 'import pyvmdk, dissect.hypervisor'; }

@@ -2,54 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test fails by it")]
 
+mod support;
+
 use std::path::Path;
-use std::process::{Command, Stdio};
-use vmdk_parse::{
-    CowdHeader, SeArea, SeDirectoryEntry, SeGrainEntry, SeSparseHeader, SeVolatileHeader, Sectors, encode_se_entries,
-};
-
-/// Runs a script in a directory; its standard output. What fails fails the test, what is missing too: scripts/test installs it.
-fn sh(dir: &Path, script: &str) -> String {
-    let output = Command::new("timeout")
-        .args(["300", "bash", "-euo", "pipefail", "-c", &format!("{HELPERS}{script}")])
-        .current_dir(dir)
-        .env("vdisk", env!("CARGO_BIN_EXE_vdisk"))
-        .stdin(Stdio::null())
-        .output()
-        .unwrap();
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    assert!(output.status.success(), "{script}\n{}\n{}{}", output.status, text(&output.stdout), text(&output.stderr));
-    text(&output.stdout).trim_end().to_owned()
-}
-
-/// `serving IMAGE COMMAND...`: the command runs while the image is served at `$uri`; then the server must end well. `$options` are
-/// the server's.
-const HELPERS: &str = r#"
-serving() {
-    local image=$1 server
-    shift
-    "$vdisk" serve ${options:-} "$image" --socket sock 2>serve.log &
-    server=$!
-    until [ -S sock ]; do kill -0 $server || { cat serve.log; return 1; }; sleep 0.01; done
-    uri='nbd+unix:///?socket=sock' "$@"
-    kill $server
-    wait $server || { cat serve.log; return 1; }
-}
-"#;
-
-fn fixtures(dir: &Path, size: &str) -> Vec<String> {
-    let make = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/make");
-    sh(dir, &format!("{} . {size}", make.display())).lines().map(str::to_owned).collect()
-}
-
-/// How qemu-img is to read a fixture. It cannot read this VMFS descriptor, but the extent is the bytes of the disk.
-fn for_qemu(image: &str) -> (&str, &str) {
-    match image {
-        "vmfs.vmdk" => ("vmfs-flat.vmdk", "raw"),
-        "raw.img" => (image, "raw"),
-        _ => (image, "vmdk"),
-    }
-}
+use support::{SE_SPARSE_SECTORS, cowd, descriptor, fixtures, for_qemu, se_sparse, sh};
+use vmdk_parse::{CowdHeader, Sectors};
 
 #[test]
 fn what_is_written_over_nbd_qemu_reads() {
@@ -118,6 +75,78 @@ fn nbdinfo_sees_what_the_server_can() {
     ] {
         assert!(info.contains(line), "{line} is not in\n{info}");
     }
+}
+
+/// What qemu-img does not make, and what lies in an archive. A check of its subformats is in tests/check.rs.
+#[test]
+fn a_check_goes_through_every_kind_of_extent() {
+    const SECTORS: u64 = 131_072;
+    let dir = tempfile::tempdir().unwrap();
+    let put = |name: &str, bytes: &[u8]| std::fs::write(dir.path().join(name), bytes).unwrap();
+    fixtures(dir.path(), "64M");
+    put("x", &cowd(SECTORS, 128));
+    let cowd = descriptor("vmfsSparse", "VMFSSPARSE", SECTORS);
+    put("cowd.vmdk", cowd.as_bytes());
+    let line = format!("RW {SECTORS} VMFSSPARSE \"x\"");
+    let lines = format!(
+        "{line}\nRW 2048 ZERO\nRDONLY {SECTORS} SPARSE \"monolithicSparse.vmdk\"\nRW 99 VMFS \"vmfs-flat.vmdk\""
+    );
+    put("mixed.vmdk", cowd.replace(&line, &lines).as_bytes());
+    put("short.vmdk", cowd.replace(&line, "RW 131073 VMFS \"vmfs-flat.vmdk\"").as_bytes());
+    put("se", &se_sparse(true));
+    put("se.vmdk", descriptor("seSparse", "SESPARSE", SE_SPARSE_SECTORS).replace("\"x\"", "\"se\"").as_bytes());
+    sh(
+        dir.path(),
+        r#"for image in cowd monolithicSparse; do
+            serving $image.vmdk qemu-io -f raw -c 'write -q -P 5 9M 9M' -c 'discard -q 12M 1M' 'nbd+unix:///?socket=sock'
+        done
+        cp monolithicSparse.vmdk three.vmdk; printf '\3' | dd of=three.vmdk bs=1 seek=4 conv=notrunc status=none
+        options='--overlay over.vmdk' serving se.vmdk qemu-io -f raw -c 'write -q -P 5 9M 9M' 'nbd+unix:///?socket=sock'
+        qemu-img convert -f vmdk -O vmdk -o subformat=streamOptimized monolithicSparse.vmdk stream.vmdk
+        clean() { "$vdisk" check $1 >said || { cat said; return 1; }; grep -q '^no errors found' said; }
+        for image in cowd mixed three vmfs stream; do clean $image.vmdk; done
+        tar cf box.ova stream.vmdk; clean box.ova
+        # Places that several entries name: below the overlay too.
+        for image in se over; do if "$vdisk" check $image.vmdk >said; then exit 1; fi; grep -q 'se: ' said; done
+        if "$vdisk" check short.vmdk >said 2>&1; then exit 1; fi; grep -q 'vmfs-flat.vmdk' said
+        # A byte of the first grain of the stream.
+        printf '\377' | dd of=stream.vmdk bs=1 seek=65600 conv=notrunc status=none
+        tar cf box.ova stream.vmdk
+        for image in stream.vmdk box.ova; do if "$vdisk" check $image >said; then exit 1; fi; grep -q 'grain' said; done"#,
+    );
+}
+
+/// What is written to 16 MiB and discarded but for one grain, in every kind of image that can be written, and in children.
+#[test]
+fn a_discard_gives_the_space_back_in_every_format_that_can_be_written() {
+    const SIZE: u64 = 64 << 20;
+    let dir = tempfile::tempdir().unwrap();
+    let mut images: Vec<_> = fixtures(dir.path(), "64M").into_iter().map(|image| (image, "")).collect();
+    std::fs::write(dir.path().join("x"), cowd(SIZE / 512, 128)).unwrap();
+    std::fs::write(dir.path().join("cowd.vmdk"), descriptor("vmfsSparse", "VMFSSPARSE", SIZE / 512)).unwrap();
+    images.extend([("cowd.vmdk".to_owned(), ""), ("zeroed.vmdk".to_owned(), ""), ("child.vmdk".to_owned(), "")]);
+    images.push(("base.vmdk".to_owned(), "--overlay over.vmdk"));
+    let mut script = format!(
+        "qemu-img create -q -f vmdk -o zeroed_grain=on zeroed.vmdk {SIZE}
+        qemu-img create -q -f vmdk base.vmdk {SIZE}
+        qemu-img create -q -f vmdk -b base.vmdk -F vmdk child.vmdk
+        used() {{ cat *.vmdk *.img x >/dev/null; sync *.vmdk *.img x; stat -c '%b * %B' *.vmdk *.img x | paste -sd+ | bc; }}
+        holds() {{ [ $((now - before)) -ge $1 ] && [ $((now - before)) -le $2 ] || {{ echo $image: $before, then $now; return 1; }}; }}\n"
+    );
+    for (image, options) in images {
+        // 24 MiB is before the middle, where the split fixtures go on in another file, and 40 MiB behind it.
+        script += &format!(
+            r#"image='{image} {options}' before=$(used)
+            options='{options}' serving {image} qemu-io -f raw -c 'write -q -P 5 24M 16M' "nbd+unix:///?socket=sock"
+            now=$(used); holds $((15 << 20)) $((18 << 20))
+            options='{options}' serving {image} qemu-io -f raw -c 'discard -q 24M 8M' -c 'discard -q 33619968 8323072' "nbd+unix:///?socket=sock"
+            now=$(used); holds 4096 $((1 << 20))
+            options='{options}' serving {image} qemu-io -f raw -c 'read -q -P 0 24M 8M' -c 'read -q -P 5 32M 64k' \
+                -c 'read -q -P 0 33619968 8323072' "nbd+unix:///?socket=sock"
+            "#
+        );
+    }
+    sh(dir.path(), &script);
 }
 
 #[test]
@@ -370,14 +399,6 @@ fn an_overlay_that_two_make_at_once_is_there_and_one_has_it() {
     );
 }
 
-/// A descriptor of one extent in the file `x`. An empty line before it would make qemu see it twice.
-fn descriptor(create_type: &str, kind: &str, sectors: u64) -> String {
-    format!(
-        "# Disk DescriptorFile\nversion=1\nCID=0badcafe\nparentCID=ffffffff\ncreateType=\"{create_type}\"\n# Extents\n\
-         RW {sectors} {kind} \"x\"\n\nddb.adapterType = \"lsilogic\"\n"
-    )
-}
-
 /// Nothing else makes COWD extents here, but qemu reads them. It also writes them, if their tables are there, and leaves
 /// freeSector as it was.
 #[test]
@@ -385,10 +406,7 @@ fn qemu_and_vdisk_read_what_the_other_wrote_to_a_cowd_extent() {
     const MIB: u64 = 1 << 20;
     for (grain, size) in [(1, 10 * MIB), (3, 20 * MIB), (128, 300 * MIB), (2048, 64 * MIB)] {
         let dir = tempfile::tempdir().unwrap();
-        let header = CowdHeader::new(Sectors(size / 512), Sectors(grain)).unwrap();
-        let mut file = header.encode().unwrap().to_vec();
-        file.resize(usize::try_from(header.free_sector.0 * 512).unwrap(), 0);
-        std::fs::write(dir.path().join("x"), file).unwrap();
+        std::fs::write(dir.path().join("x"), cowd(size / 512, grain)).unwrap();
         std::fs::write(dir.path().join("x.vmdk"), descriptor("vmfsSparse", "VMFSSPARSE", size / 512)).unwrap();
         // qemu writes to where there is no table over the header, so every table is made here.
         let coverage = 4096 * 512 * grain;
@@ -423,51 +441,16 @@ fn qemu_and_vdisk_read_what_the_other_wrote_to_a_cowd_extent() {
         let bytes = std::fs::read(dir.path().join("x")).unwrap();
         let closed = CowdHeader::decode(&bytes).unwrap();
         assert_eq!(closed.unclean_shutdown, 0);
-        assert!(closed.free_sector > header.free_sector);
+        assert!(closed.free_sector > CowdHeader::new(Sectors(size / 512), Sectors(grain)).unwrap().free_sector);
     }
 }
 
 /// Only ESXi writes seSparse extents; qemu reads them.
 #[test]
 fn a_se_sparse_extent_is_read_as_qemu_reads_it() {
-    const SECTORS: u64 = 3 * 32768 + 20;
-    let area = |start, len| SeArea { start: Sectors(start), len: Sectors(len) };
-    let grains = Sectors(16 + 64 * 4);
-    let header = SeSparseHeader {
-        capacity: Sectors(SECTORS),
-        volatile_header: area(1, 1),
-        journal_header: area(2, 2),
-        journal: area(4, 4),
-        grain_directory: area(8, 8),
-        grain_tables: area(16, 64 * 4),
-        free_bitmap: area(0, 0),
-        backmap: area(0, 0),
-        grains: area(grains.0, 0),
-    };
-    let entries = |index: u64| {
-        (0..4096).map(move |n| match (n * 7 + index) % 5 {
-            0 => SeGrainEntry::Absent,
-            1 => SeGrainEntry::Unmapped,
-            2 => SeGrainEntry::Zero,
-            // Places in another order than the grains.
-            _ => SeGrainEntry::At(Sectors(grains.0 + 8 * ((n * 5 + index * 1000) % 4096))),
-        })
-    };
-    let directory = [SeDirectoryEntry::Table(3), SeDirectoryEntry::Absent, SeDirectoryEntry::Table(0)];
-    let directory = directory.into_iter().chain([SeDirectoryEntry::Table(1)]).map(SeDirectoryEntry::encode);
-    let mut file = header.encode().to_vec();
-    file.extend(SeVolatileHeader { free_gt_number: 4, next_txn_seq_number: 9 }.encode());
-    file.resize(8 * 512, 0);
-    file.extend(encode_se_entries(&directory.collect::<Vec<_>>()));
-    file.resize(16 * 512, 0);
-    for index in 0..4 {
-        let entries: Vec<u64> = entries(index).map(|e| e.encode(grains).unwrap()).collect();
-        file.extend(encode_se_entries(&entries));
-    }
-    file.extend((0..4096 * 512u64).flat_map(|n| (n.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 7).to_le_bytes()));
     let dir = tempfile::tempdir().unwrap();
-    std::fs::write(dir.path().join("x"), &file).unwrap();
-    std::fs::write(dir.path().join("x.vmdk"), descriptor("seSparse", "SESPARSE", SECTORS)).unwrap();
+    std::fs::write(dir.path().join("x"), se_sparse(true)).unwrap();
+    std::fs::write(dir.path().join("x.vmdk"), descriptor("seSparse", "SESPARSE", SE_SPARSE_SECTORS)).unwrap();
     sh(
         dir.path(),
         r#"qemu-img convert -f vmdk -O raw x.vmdk by-qemu

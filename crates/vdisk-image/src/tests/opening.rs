@@ -1,8 +1,9 @@
 //! What opens and what is refused.
 
-use super::fixtures::{DISK, NAME, OPTIONS, SHAPES, Shape, image, open, open_with, read, run, sparse, write};
+use super::fixtures::{DISK, NAME, OPTIONS, SHAPES, Shape, image, open, open_with, read, request, run, sparse, write};
 use crate::memory::Memory;
-use crate::{ErrorKind, Format, OpenOptions};
+use crate::{ErrorKind, Format, Op, OpenOptions};
+use std::cell::RefCell;
 
 fn refused(files: Vec<(String, Vec<u8>)>) -> (ErrorKind, String) {
     let e = open(&Memory::new(files, 0)).map(|_| ()).unwrap_err();
@@ -91,6 +92,39 @@ fn zero_extents_keep_their_place_between_the_others() {
     assert!(got == [[1; 4096], [0; 4096], [2; 4096]].concat());
     for offset in [4096, 8192] {
         assert_eq!(run(write(&disk, &memory, offset, &[9; 512])).unwrap_err().kind(), ErrorKind::ReadOnly);
+        let discard = run(request(&disk, &memory, Op::Discard, offset, 512, &RefCell::default()));
+        assert_eq!(discard.unwrap_err().kind(), ErrorKind::ReadOnly);
+    }
+}
+
+#[test]
+fn an_extent_marked_noaccess_is_neither_read_nor_written_and_its_neighbours_are() {
+    let text = "# Disk DescriptorFile\nCID=00000001\nparentCID=ffffffff\ncreateType=\"custom\"\n\
+                RW 8 FLAT \"a\" 0\nNOACCESS 8 FLAT \"b\" 0\nRW 8 FLAT \"c\" 0\n";
+    let mut files = vec![(NAME.to_owned(), text.as_bytes().to_vec())];
+    files.extend(["a", "b", "c"].map(|name| (name.to_owned(), vec![1; 4096])));
+    let memory = Memory::new(files, 0);
+    let disk = open(&memory).unwrap();
+    for offset in [4096, 8191] {
+        assert_eq!(run(read(&disk, &memory, offset, 1)).unwrap_err().kind(), ErrorKind::PermissionDenied);
+        assert_eq!(run(write(&disk, &memory, offset, &[9])).unwrap_err().kind(), ErrorKind::ReadOnly);
+    }
+    for offset in [4095, 8192] {
+        assert_eq!(run(read(&disk, &memory, offset, 1)).unwrap(), [1]);
+        run(write(&disk, &memory, offset, &[9])).unwrap();
+    }
+    run(disk.close(&memory)).unwrap();
+    assert!(memory.files()[2].1 == [1; 4096]);
+}
+
+#[test]
+fn a_raw_device_of_vmfs_is_refused_with_what_to_do() {
+    for kind in ["VMFSRDM", "VMFSRAW"] {
+        let text = format!("# Disk DescriptorFile\nCID=00000001\nparentCID=ffffffff\nRW 8 {kind} \"a\"\n");
+        let files = vec![(NAME.to_owned(), text.into_bytes()), ("a".to_owned(), vec![1; 4096])];
+        let (kind, text) = refused(files);
+        assert_eq!(kind, ErrorKind::Unsupported);
+        assert!(text.contains("qemu-img convert"), "{text}");
     }
 }
 
