@@ -5,9 +5,9 @@
 use libfuzzer_sys::fuzz_target;
 use vdisk_fuzz::memory::bounded;
 use vmdk_parse::{
-    CowdHeader, GrainEntry, GrainRecord, Marker, SE_SPARSE_MAX_CAPACITY, SeDirectoryEntry, SeGrainEntry, SeSparseHeader,
-    SeVolatileHeader, Sectors, SparseHeader, TableGeometry, decode_entries, decode_se_entries, encode_entries,
-    encode_se_entries,
+    CowdHeader, GrainEntry, GrainRecord, Marker, SE_SPARSE_MAX_CAPACITY, SeDirectoryEntry, SeGrainEntry,
+    SeSparseHeader, SeVolatileHeader, Sectors, SparseHeader, TableGeometry, decode_entries, decode_se_entries,
+    encode_entries, encode_se_entries,
 };
 
 fuzz_target!(|bytes: &[u8]| {

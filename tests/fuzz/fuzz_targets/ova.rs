@@ -66,7 +66,8 @@ fn serve(file: &File, archive: &[u8], member: Option<&str>) -> io::Result<()> {
     let size = disk.geometry().size;
     for offset in [0, size / 3, size - 512] {
         let len = (size - offset).min(8192);
-        let request = Request::check(disk.geometry(), Op::Read, offset, len, Flags::default()).expect("inside the disk");
+        let request =
+            Request::check(disk.geometry(), Op::Read, offset, len, Flags::default()).expect("inside the disk");
         let _ = run(disk.serve(&files, request, &files.alloc(len as usize)));
         let _ = run(disk.map(&files, offset, len));
     }
@@ -81,7 +82,10 @@ fn within(files: &HostFiles, id: FileId, len: u64, archive: &[u8]) {
     let mut bytes = vec![0; head];
     files.copy_out(&buf, 0, &mut bytes);
     let known = bytes.iter().rposition(|b| *b != 0).map_or(0, |n| n + 1);
-    assert!(known == 0 || archive.windows(known).step_by(512).any(|w| *w == bytes[..known]), "{id:?} is not in the archive");
+    assert!(
+        known == 0 || archive.windows(known).step_by(512).any(|w| *w == bytes[..known]),
+        "{id:?} is not in the archive"
+    );
     let past = run(files.read_at(id, &buf, 0..1, len));
     assert!(past.is_err_and(|e| e.kind() == io::ErrorKind::UnexpectedEof));
 }

@@ -193,7 +193,9 @@ async fn serve(disk: &Disk, engine: &Engine, ask: Ask) -> Done {
                 Err(e) => Err(e),
             }
         }
-        What::Map => disk.map(engine, offset, len).await.map(|run| assert!(run.len <= len && (run.len > 0 || len == 0))),
+        What::Map => {
+            disk.map(engine, offset, len).await.map(|run| assert!(run.len <= len && (run.len > 0 || len == 0)))
+        }
         What::Span => {
             disk.span(engine, offset, len).await.map(|span| assert!(span.len <= len && (span.len > 0 || len == 0)))
         }
@@ -243,7 +245,8 @@ fn check_some(disk: &Disk, engine: &Engine, model: &mut Model, sound: bool) {
     let mut sectors: Vec<_> = model.known().collect();
     sectors.sort_unstable();
     for n in sectors.iter().step_by(sectors.len() / 16 + 1) {
-        let request = Request::check(disk.geometry(), Op::Read, n * 512, 512, Flags::default()).expect("inside the disk");
+        let request =
+            Request::check(disk.geometry(), Op::Read, n * 512, 512, Flags::default()).expect("inside the disk");
         let buf = RefCell::new(vec![0xee; 512]);
         run(disk.serve(engine, request, &buf)).expect("a sound disk is read");
         model.read(n * 512, &buf.borrow());

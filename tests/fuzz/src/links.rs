@@ -6,13 +6,20 @@
 use crate::engine::HoleyFile;
 use crate::tape::Tape;
 use vmdk_parse::{
-    Compression, CowdHeader, GTE_SIZE, GdOffset, HeaderFlags, SeArea, SeSparseHeader, SeVolatileHeader, Sectors, SparseHeader,
+    Compression, CowdHeader, GTE_SIZE, GdOffset, HeaderFlags, SeArea, SeSparseHeader, SeVolatileHeader, Sectors,
+    SparseHeader,
 };
 
 /// Names of the links, from the top down.
 const LINKS: [&str; 4] = ["disk.vmdk", "one.vmdk", "two.vmdk", "three.vmdk"];
 
 const SECTOR: u64 = 512;
+
+/// The layout that can only be read.
+const SE_SPARSE: u8 = 5;
+
+/// The layout of which not all can be written, or read.
+const PARTLY: u8 = 6;
 
 /// The files of an image, its own first.
 #[derive(Debug)]
@@ -39,13 +46,15 @@ struct Shape {
 /// Makes an image of what the tape has.
 pub fn build(tape: &mut Tape<'_>) -> Built {
     let count = usize::from(tape.byte() % 4) + 1;
-    let (mut files, mut read_only) = (Vec::new(), false);
+    let (mut files, mut read_only, mut sound) = (Vec::new(), false, true);
     for depth in 0..count {
         let (layout, kind, size) = (tape.byte(), tape.byte(), tape.u16());
         let parent = LINKS.get(depth + 1).filter(|_| depth + 1 < count);
-        read_only |= link(&mut files, depth, parent, layout, kind, size) && depth == 0;
+        link(&mut files, depth, parent, layout, kind, size);
+        read_only |= depth == 0 && layout % 7 == SE_SPARSE;
+        sound &= layout % 7 != PARTLY;
     }
-    let sound = tape.is_empty();
+    sound &= tape.is_empty();
     while !tape.is_empty() {
         patch(&mut files, tape);
     }
@@ -65,8 +74,8 @@ fn patch(files: &mut [HoleyFile], tape: &mut Tape<'_>) {
     }
 }
 
-/// Adds the files of a link. Whether it can only be read.
-fn link(files: &mut Vec<HoleyFile>, depth: usize, parent: Option<&&str>, layout: u8, kind: u8, size: u16) -> bool {
+/// Adds the files of a link.
+fn link(files: &mut Vec<HoleyFile>, depth: usize, parent: Option<&&str>, layout: u8, kind: u8, size: u16) {
     // From a few sectors to 128 GiB, each order of size as likely as the others.
     let sectors = (u64::from(size >> 4) + 8) << ((size & 15) + (size & 1));
     let shape = Shape {
@@ -91,16 +100,12 @@ fn link(files: &mut Vec<HoleyFile>, depth: usize, parent: Option<&&str>, layout:
     let part = |n: u32| format!("e{depth}{n}.vmdk");
     let descriptor = |extents: String| HoleyFile::new(name, text(&extents).as_bytes());
     match layout % 7 {
-        0 | 6 => {
+        0 => {
             let inside = text(&format!("RW {sectors} SPARSE \"{name}\""));
             files.push(hosted(name, sectors, shape, &inside));
         }
         1 => {
-            files.push(descriptor(format!(
-                "RW {half} SPARSE \"{}\"\nRW 3 ZERO\nRW {half} SPARSE \"{}\"",
-                part(0),
-                part(1)
-            )));
+            files.push(descriptor(format!("RW {half} SPARSE \"{}\"\nRW {half} SPARSE \"{}\"", part(0), part(1))));
             files.push(hosted(&part(0), half, shape, ""));
             files.push(hosted(&part(1), half, Shape { grain: 128, copy: !shape.copy, ..shape }, ""));
         }
@@ -123,13 +128,22 @@ fn link(files: &mut Vec<HoleyFile>, depth: usize, parent: Option<&&str>, layout:
             files.push(hosted(&part(1), half, shape, ""));
             files.push(flat(&part(2), 9));
         }
-        _ => {
+        SE_SPARSE => {
             files.push(descriptor(format!("RW {sectors} SESPARSE \"{}\"", part(0))));
             files.push(se_sparse(&part(0), sectors, shape));
-            return true;
+        }
+        _ => {
+            files.push(descriptor(format!(
+                "RW {half} SPARSE \"{}\"\nRW 3 ZERO\nRDONLY {half} VMFSSPARSE \"{}\"\nNOACCESS 9 FLAT \"{}\" 0",
+                part(0),
+                part(1),
+                part(2)
+            )));
+            files.push(hosted(&part(0), half, shape, ""));
+            files.push(cowd(&part(1), half, shape));
+            files.push(flat(&part(2), 9));
         }
     }
-    false
 }
 
 /// Bytes of a grain in a base, no two sectors of it alike.

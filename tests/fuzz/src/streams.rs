@@ -80,7 +80,8 @@ pub fn build(tape: &mut Tape<'_>) -> Built {
     let mut model = Model::default();
     if sound {
         for n in 0..KNOWN.min(sectors / grain) {
-            let content = grains.get(&n).map_or_else(|| vec![0; (grain * SECTOR) as usize], |(_, seed)| bytes(*seed, grain));
+            let content =
+                grains.get(&n).map_or_else(|| vec![0; (grain * SECTOR) as usize], |(_, seed)| bytes(*seed, grain));
             model.wrote(n * grain * SECTOR, &content);
         }
     }
@@ -88,7 +89,13 @@ pub fn build(tape: &mut Tape<'_>) -> Built {
 }
 
 /// Adds a record. Whether it is one that belongs there. `grains` gets the sector of each, and what it is filled with.
-fn record(tape: &mut Tape<'_>, file: &mut Vec<u8>, grains: &mut BTreeMap<u64, (u64, u8)>, grain: u64, sectors: u64) -> bool {
+fn record(
+    tape: &mut Tape<'_>,
+    file: &mut Vec<u8>,
+    grains: &mut BTreeMap<u64, (u64, u8)>,
+    grain: u64,
+    sectors: u64,
+) -> bool {
     let (kind, n) = (tape.byte(), u64::from(tape.byte()));
     let lba = n * grain;
     let place = file.len() as u64 / SECTOR;
