@@ -277,7 +277,7 @@ impl Sparse {
         if skip >= there {
             return Ok(Mapping::Zero { len });
         }
-        let grain = Grain { start, len: self.grain };
+        let grain = Grain { start, len: self.grain, whole: there >= self.grain };
         Ok(Mapping::Data { file: self.file, offset: start + skip, len: len.min(there - skip), grain: Some(grain) })
     }
 
