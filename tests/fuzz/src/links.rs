@@ -237,7 +237,7 @@ fn cowd(name: &str, sectors: u64, shape: Shape) -> HoleyFile {
 
 fn se_sparse(name: &str, sectors: u64, shape: Shape) -> HoleyFile {
     let directory = (sectors.div_ceil(8 * 4096) * 8).div_ceil(SECTOR);
-    let (tables, grains) = (2 + directory, 2 + directory + 64);
+    let (tables, grains) = (2 + directory, (2 + directory + 64).next_multiple_of(8));
     let area = |start, len| SeArea { start: Sectors(start), len: Sectors(len) };
     let header = SeSparseHeader {
         capacity: Sectors(sectors),
