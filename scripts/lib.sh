@@ -182,3 +182,16 @@ need_oracles() {
 }
 
 oracles_work() { "$VDISK_ORACLES" -c 'import pyvmdk, dissect.hypervisor'; }
+
+# cargo-fuzz builds the fuzz targets. There is no package of it.
+need_cargo_fuzz() {
+    local bin=${CARGO_HOME:-$HOME/.cargo}/bin
+    # As with rustup: it may be there and only this shell not know of it.
+    command -v cargo-fuzz >/dev/null || PATH=$bin:$PATH
+    if command -v cargo-fuzz >/dev/null; then return 0; fi
+    need build-essential
+    install_missing
+    say "cargo-fuzz is missing"
+    confirm "Install it with cargo install?" || die "needed: cargo-fuzz"
+    retry cargo install cargo-fuzz --locked >&2 || die "could not install cargo-fuzz"
+}

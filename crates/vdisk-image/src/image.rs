@@ -29,6 +29,8 @@ pub(crate) enum Mapping {
 pub(crate) struct Grain {
     pub(crate) start: u64,
     pub(crate) len: u64,
+    /// The file reaches to its end.
+    pub(crate) whole: bool,
 }
 
 /// A part of the disk with its own file.

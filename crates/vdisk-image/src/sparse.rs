@@ -19,6 +19,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use vmdk_parse::{GTE_SIZE, GdOffset, SECTOR_SIZE, Sectors, SparseHeader};
 
+/// Tables that are looked at for one that may leave memory, each time that one comes in.
+const MAX_LOOKS: usize = 64;
+
 /// A piece of metadata of a sparse extent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) enum MetaRef {
@@ -275,7 +278,7 @@ impl Sparse {
         if skip >= there {
             return Ok(Mapping::Zero { len });
         }
-        let grain = Grain { start, len: self.grain };
+        let grain = Grain { start, len: self.grain, whole: there >= self.grain };
         Ok(Mapping::Data { file: self.file, offset: start + skip, len: len.min(there - skip), grain: Some(grain) })
     }
 
@@ -487,8 +490,9 @@ impl Sparse {
         state.table_bytes += new.weight();
         slot.store(Some(new));
         state.clock.push_back(table);
-        // Each table is looked at twice at most: once for its second chance, once to go.
-        for _ in 0..2 * state.clock.len() {
+        // Each table is looked at twice at most: once for its second chance, once to go. And not too many at a time: where all are
+        // dirty nothing is found, and the next one that comes in goes on here.
+        for _ in 0..MAX_LOOKS.min(2 * state.clock.len()) {
             if state.table_bytes <= self.table_memory {
                 break;
             }

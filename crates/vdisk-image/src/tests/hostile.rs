@@ -143,3 +143,23 @@ fn a_write_that_is_refused_half_way_leaks_nothing() {
     let empty = sparse(DISK / 512 / 2, 8, true, true, "").len();
     assert!(memory.files()[1].1.len() <= empty + 8192, "{} bytes", memory.files()[1].1.len());
 }
+
+#[test]
+fn a_grain_in_which_the_file_ends_is_not_read_past_that() {
+    let memory = damaged(|file, gd, _| {
+        let table = u32::from_le_bytes(file[gd..gd + 4].try_into().unwrap()) as usize * 512;
+        let end = (file.len() / 512).next_multiple_of(8);
+        put(file, table, end);
+        file.resize(end * 512 + 1000, 7);
+    });
+    let disk = open(&memory).unwrap();
+    run(async {
+        read(&disk, &memory, 0, 512).await.unwrap();
+        for _ in 0..3 {
+            let before = memory.calls();
+            assert!(read(&disk, &memory, 0, 512).await.unwrap() == [7; 512]);
+            assert_eq!(memory.calls() - before, 1, "more than the read that is needed");
+        }
+        assert!(read(&disk, &memory, 512, 1024).await.unwrap() == [vec![7; 488], vec![0; 536]].concat());
+    });
+}
