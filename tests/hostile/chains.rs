@@ -13,17 +13,17 @@ fn link(lab: &Lab, name: &str, parent: &str) -> String {
 fn an_image_that_is_its_own_parent_is_refused() {
     let lab = Lab::new();
     for name in ["disk.vmdk", "./disk.vmdk"] {
-        lab.refused(&link(&lab, "disk.vmdk", name), &["in the chain already"]);
+        lab.parent_refused(&link(&lab, "disk.vmdk", name), &["in the chain already"]);
     }
     fs::hard_link(lab.path("disk.vmdk"), lab.path("other.vmdk")).unwrap();
-    lab.refused(&link(&lab, "disk.vmdk", "other.vmdk"), &["in the chain already"]);
+    lab.parent_refused(&link(&lab, "disk.vmdk", "other.vmdk"), &["in the chain already"]);
 }
 
 #[test]
 fn two_images_that_are_parents_of_one_another_are_refused() {
     let lab = Lab::new();
     link(&lab, "b.vmdk", "a.vmdk");
-    lab.refused(&link(&lab, "a.vmdk", "b.vmdk"), &["in the chain already"]);
+    lab.parent_refused(&link(&lab, "a.vmdk", "b.vmdk"), &["in the chain already"]);
 }
 
 #[test]
@@ -78,7 +78,7 @@ fn a_parent_that_is_not_a_vmdk_is_refused() {
     let top = link(&lab, "disk.vmdk", "base.img");
     for bytes in [&[7; 4096][..], b"QFI\xfb\0\0\0\x03", &[], b"# something else\n"] {
         lab.file("base.img", bytes);
-        lab.refused(&top, &["base.img"]);
+        lab.parent_refused(&top, &["base.img"]);
     }
 }
 

@@ -93,6 +93,17 @@ impl Lab {
         }
     }
 
+    /// An image whose parent is refused: nothing of it is served, and who only looks at it is told (exit status 0 or 1).
+    pub(crate) fn parent_refused(&self, image: &str, words: &[&str]) {
+        for mode in [&["serve", "--read-only", "--socket", "s"][..], &["serve", "--socket", "s"]] {
+            self.fails(&[mode, &[image]].concat(), words);
+        }
+        for verb in ["info", "map"] {
+            let ran = self.vdisk(&[verb, image]);
+            assert!(words.iter().all(|w| ran.err.contains(w)), "{verb}: {words:?} not in {ran:?}");
+        }
+    }
+
     /// As [`Lab::refused`], only by what would write to it; others open it.
     pub(crate) fn refused_for_writing(&self, image: &str, words: &[&str]) {
         self.fails(&["serve", "--socket", "s", image], words);

@@ -73,7 +73,7 @@ fn a_parent_name_that_leaves_the_directory_is_refused() {
     for name in ["../secret.vmdk", secret.to_str().unwrap()] {
         let parent = format!("parentCID=0badcafe\nparentFileNameHint=\"{name}\"");
         let text = child(&parent, &format!("RW {SECTORS} SPARSE \"disk.vmdk\""));
-        lab.refused(&lab.file("disk.vmdk", &Image::with(&text).bytes()), &["parent", "--trust-paths"]);
+        lab.parent_refused(&lab.file("disk.vmdk", &Image::with(&text).bytes()), &["parent", "--trust-paths"]);
     }
 }
 
@@ -121,7 +121,7 @@ fn a_parent_that_is_an_extent_of_its_child_is_refused() {
     fs::hard_link(lab.path("base.vmdk"), lab.path("link.vmdk")).unwrap();
     for name in ["base.vmdk", "link.vmdk"] {
         let text = child(parent, &format!("RW {SECTORS} SPARSE \"{name}\""));
-        lab.refused(&lab.file("disk.vmdk", text.as_bytes()), &["in the chain already"]);
+        lab.parent_refused(&lab.file("disk.vmdk", text.as_bytes()), &["in the chain already"]);
     }
 }
 
