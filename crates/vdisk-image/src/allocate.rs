@@ -6,6 +6,7 @@
 use crate::coding::Entry;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::FileId;
+use crate::ledger::{Ledger, What};
 use crate::sparse::{Lookup, MetaRef, Sparse};
 use crate::table::{PAGE_ENTRIES, SECTOR_ENTRIES, Table, TableCopy};
 use crate::wait::{WaitList, locked, until, wake};
@@ -77,6 +78,8 @@ pub(crate) enum Plan<'a> {
     Grow,
     /// The host's space for a table has to be taken first.
     Reserve(Room),
+    /// The ledger is full: a flush has to empty it first.
+    Flush,
 }
 
 /// The host's space that a table needs before it changes or is made. Answered by [`Sparse::reserved`].
@@ -136,13 +139,36 @@ impl Sparse {
         }
         let wanted = (skip + len).div_ceil(self.grain).min(self.gtes - grain % self.gtes);
         let count = (0..wanted).take_while(|n| self.is_absent(&state, &table, grain + n)).count() as u64;
-        let Some((place, count)) = self.take_room(&mut state, self.grain, count)? else { return Ok(Plan::Grow) };
+        let count = count.min(Ledger::most());
+        if !self.claim(count) {
+            return Ok(Plan::Flush);
+        }
+        let taken = self.take_room(&mut state, self.grain, count);
+        self.unclaim(count - taken.as_ref().map_or(0, |t| t.map_or(0, |(_, taken)| taken)));
+        let Some((place, count)) = taken? else { return Ok(Plan::Grow) };
         for g in grain..grain + count {
             state.busy.insert(g, WaitList::default());
         }
         table.pin();
         let ticket = Ticket { extent: self, table, index, first: grain, count, place, done: false };
         Ok(Plan::Write { offset: place + skip, len: len.min(count * self.grain - skip), ticket: Some(ticket) })
+    }
+
+    /// Promises the ledger so many records. `false`: it has no room for them.
+    fn claim(&self, count: u64) -> bool {
+        self.ledger.as_ref().is_none_or(|l| l.ledger.claim(count))
+    }
+
+    fn unclaim(&self, count: u64) {
+        if let Some(l) = &self.ledger {
+            l.ledger.unclaim(count);
+        }
+    }
+
+    fn note(&self, what: What) {
+        if let Some(l) = &self.ledger {
+            l.note(what);
+        }
     }
 
     /// What a table in memory needs.
@@ -274,7 +300,8 @@ impl Sparse {
 
     /// Makes the table that the directory does not have, or says what has to happen first.
     fn new_table(&self, state: &mut State, index: u64) -> Result<Result<Arc<Table>, Plan<'_>>, DiskError> {
-        let Some((page, slot)) = self.page(index) else {
+        // Held, so that it stays.
+        let Some(_page) = self.page(index) else {
             return Ok(Err(Plan::Need(MetaRef::Directory(index / PAGE_ENTRIES))));
         };
         let bytes = self.table_bytes();
@@ -288,9 +315,21 @@ impl Sparse {
         if state.room_for != Some((index, state.table_room.end)) {
             return Ok(Err(Plan::Reserve(self.room_for_new(state, index))));
         }
+        if !self.claim(1) {
+            return Ok(Err(Plan::Flush));
+        }
         let at = state.table_room.start;
         state.table_room.start += bytes * copies;
-        let copy_at = (copies == 2).then_some(at + bytes);
+        let table = self.insert_new_table(state, index, at);
+        self.note(What::Table { table: index, sector: sector_number(at) });
+        Ok(table.ok_or(Plan::Need(MetaRef::Directory(index / PAGE_ENTRIES))))
+    }
+
+    /// Puts an empty table into memory and its place, which the host has space for, into the directories. `None` if its page is
+    /// not in memory.
+    pub(crate) fn insert_new_table(&self, state: &mut State, index: u64, at: u64) -> Option<Arc<Table>> {
+        let (page, slot) = self.page(index)?;
+        let copy_at = self.rgd_at.map(|_| at + self.table_bytes());
         let copy = copy_at.map_or(TableCopy::None, TableCopy::At);
         let table = Arc::new(Table::new((0..self.gtes).map(|_| 0), at, copy));
         table.set_reserved();
@@ -304,13 +343,13 @@ impl Sparse {
                 directory.set(slot, sector_number(at));
             }
         }
-        Ok(Ok(table))
+        Some(table)
     }
 }
 
 /// The sector number of a place that [`Sparse::take_room`] gave out.
 #[expect(clippy::cast_possible_truncation, reason = "take_room gives out nothing behind ADDRESSABLE")]
-fn sector_number(at: u64) -> u32 {
+pub(crate) fn sector_number(at: u64) -> u32 {
     (at / SECTOR_SIZE) as u32
 }
 
@@ -321,7 +360,9 @@ impl Ticket<'_> {
         let mut was_clean = false;
         for n in 0..self.count {
             let entry = usize::try_from((self.first + n) % self.extent.gtes).unwrap_or(0);
-            was_clean |= self.table.set(entry, sector_number(self.place + n * self.extent.grain));
+            let (grain, sector) = (self.first + n, sector_number(self.place + n * self.extent.grain));
+            self.extent.note(What::Grain { grain, sector });
+            was_clean |= self.table.set(entry, sector);
         }
         if was_clean {
             state.dirty.push(self.index);
@@ -365,6 +406,7 @@ impl Ticket<'_> {
         } else {
             state.free.extend((0..self.count).map(|n| self.place + n * self.extent.grain));
         }
+        self.extent.unclaim(self.count);
         self.finish(&mut state);
     }
 
@@ -383,6 +425,7 @@ impl Drop for Ticket<'_> {
     fn drop(&mut self) {
         if !self.done {
             let extent = self.extent;
+            extent.unclaim(self.count);
             self.finish(&mut locked(&extent.state));
         }
     }

@@ -9,13 +9,15 @@ use crate::flush::{self, Failed, FlushPlan, Rounds, Step};
 use crate::image::Chain;
 use crate::inflate::Inflating;
 use crate::info::Info;
+use crate::ledger::Ledger;
 use crate::request::{Geometry, Op, Request};
 use crate::sparse::{MetaRef, Sparse};
 use crate::wait::{WaitList, locked, until, wake};
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use vmdk_parse::ContentId;
 
 /// An image that is open and can be served. Shared by all queues and connections.
 #[derive(Debug)]
@@ -32,6 +34,9 @@ pub struct Disk {
     pub(crate) rounds: Rounds,
     pub(crate) loading: Mutex<HashMap<(FileId, MetaRef), WaitList>>,
     pub(crate) inflating: Inflating,
+    pub(crate) ledger: Option<Arc<Ledger>>,
+    /// The content ID that the first change gives to the image; `None` if it has none that can be changed.
+    pub(crate) new_content_id: Option<ContentId>,
 }
 
 /// What the disk remembers of a file of the image.
@@ -99,7 +104,7 @@ impl Disk {
         Ok(flush::run(io, &steps, |f| self.name(f)).await?)
     }
 
-    async fn flush<I: FileIo>(&self, io: &I) -> Result<(), DiskError> {
+    pub(crate) async fn flush<I: FileIo>(&self, io: &I) -> Result<(), DiskError> {
         if self.geometry.read_only {
             return Ok(());
         }
@@ -107,10 +112,17 @@ impl Disk {
         let Some(round) = self.rounds.join().await else { return self.check_poison() };
         // An earlier round may have failed while this task waited.
         self.check_poison()?;
+        let turned = self.ledger.as_ref().map(|ledger| (ledger, ledger.turn()));
         let plan = self.plan_flush();
+        if let Some((ledger, turned)) = &turned {
+            ledger.planned(turned);
+        }
         match flush::run(io, &plan.steps, |f| self.name(f)).await {
             Ok(()) => {
                 plan.done();
+                if let Some((ledger, turned)) = &turned {
+                    ledger.settle(turned);
+                }
                 round.succeeded();
                 Ok(())
             }

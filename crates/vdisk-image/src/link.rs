@@ -29,6 +29,8 @@ pub(crate) struct Link {
     pub(crate) unclean: Vec<Unclean>,
     /// What the first change writes into descriptors and headers beside [`Link::unclean`].
     pub(crate) first_steps: Vec<Step>,
+    /// What one of them makes the content ID.
+    pub(crate) new_content_id: Option<ContentId>,
     pub(crate) parent: Option<Parent>,
     pub(crate) info: Info,
     /// What is wrong and does not keep the link from being read.
@@ -68,7 +70,7 @@ impl<'a, F: Files> Opening<'a, F> {
             notices: Vec::new(),
         };
         let (extents, unclean, first_steps, faults) = Default::default();
-        let link = Link { extents, unclean, first_steps, parent: None, info, faults };
+        let link = Link { extents, unclean, first_steps, new_content_id: None, parent: None, info, faults };
         Self { files, options, read_only, so_far, link }
     }
 
@@ -317,6 +319,7 @@ impl<'a, F: Files> Opening<'a, F> {
             }
         }
         let id = ContentId(self.options.new_content_id & (u32::MAX >> (32 - 4 * digits.clamp(1, 8))));
+        self.link.new_content_id = Some(id);
         let mut put = |place: Range<usize>, text: String| {
             self.link.first_steps.push(Step::Write { file, offset: at + place.start as u64, bytes: text.into_bytes() });
         };

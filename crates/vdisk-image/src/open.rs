@@ -226,6 +226,8 @@ impl Link {
             rounds: Default::default(),
             loading: Default::default(),
             inflating: Default::default(),
+            ledger: None,
+            new_content_id: self.new_content_id,
             info: self.info,
             faults: self.faults,
         }

@@ -9,6 +9,7 @@ use crate::disk::size;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::FileId;
 use crate::image::{Grain, Mapping};
+use crate::ledger::LedgerOf;
 use crate::link::DROP_TRACKING;
 use crate::stream::Stream;
 use crate::table::{PAGE_ENTRIES, Page, Table, TableCopy};
@@ -60,6 +61,8 @@ pub(crate) struct Sparse {
     pub(crate) file_len: AtomicU64,
     pub(crate) pages: Box<[ArcSwapOption<Page>]>,
     pub(crate) state: Mutex<State>,
+    /// Where changes of entries are noted that no flush has made durable.
+    pub(crate) ledger: Option<LedgerOf>,
     /// Length of the file when it was opened, and where the first space was given out behind everything that any entry
     /// named. What an entry names in between is not there, however far the file grows.
     opened_len: u64,
@@ -184,6 +187,7 @@ impl Sparse {
             file_len: AtomicU64::new(file_len),
             pages: (0..parts.tables.div_ceil(PAGE_ENTRIES)).map(|_| ArcSwapOption::empty()).collect(),
             state: Mutex::new(State::default()),
+            ledger: None,
             opened_len: file_len,
             first_free: AtomicU64::new(u64::MAX),
             table_memory: 0,

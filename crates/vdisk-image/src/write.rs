@@ -42,6 +42,7 @@ enum Obstacle<'a> {
     Wait(&'a Sparse, u64),
     Grow(&'a Sparse),
     Reserve(&'a Sparse, Room),
+    Flush,
 }
 
 impl Disk {
@@ -90,6 +91,7 @@ impl Disk {
                 Plan::Wait(grain) => Obstacle::Wait(extent, grain),
                 Plan::Grow => Obstacle::Grow(extent),
                 Plan::Reserve(room) => Obstacle::Reserve(extent, room),
+                Plan::Flush => Obstacle::Flush,
             };
             self.overcome(io, obstacle).await?;
         }
@@ -104,6 +106,7 @@ impl Disk {
             }
             Obstacle::Grow(extent) => self.grow(io, extent).await,
             Obstacle::Reserve(extent, room) => self.reserve(io, extent, &room).await,
+            Obstacle::Flush => self.flush(io).await,
         }
     }
 
@@ -253,6 +256,7 @@ impl Disk {
             Plan::Wait(grain) => Err(Obstacle::Wait(extent, grain)),
             Plan::Grow => Err(Obstacle::Grow(extent)),
             Plan::Reserve(room) => Err(Obstacle::Reserve(extent, room)),
+            Plan::Flush => Err(Obstacle::Flush),
         })
     }
 

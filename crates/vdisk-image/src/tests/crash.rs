@@ -1,4 +1,5 @@
-//! The power is cut, or the process killed, after any call; then the image is opened again.
+//! The power is cut, or the process killed, after any call; then the image is opened again. A ledger outlives the process, and not the
+//! power.
 //!
 //! `VDISK_CRASH_CASES` says how many cases to run, `VDISK_CRASH_SEED` repeats one.
 
@@ -7,9 +8,11 @@ use super::fixtures::{
     DISK, SHAPES, Shape, content, faults, flush, image, open, read, request, run, run_all, sector, write,
 };
 use crate::memory::{Memory, Random};
-use crate::{Disk, Fault, FaultKind, Op};
+use crate::{Disk, DiskError, Fault, FaultKind, LEDGER_WORDS, LedgerMemory, Op};
 use std::cell::RefCell;
 use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::AtomicU64;
 
 const TASKS: u64 = 4;
 const SECTORS: usize = (DISK / 512) as usize;
@@ -62,10 +65,39 @@ async fn work(task: u64, disk: Rc<Disk>, memory: Rc<Memory>, all: Histories, ran
     }
 }
 
-fn case(shape: Shape, seed: u64) {
+/// How a session ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    PowerCut,
+    Kill,
+}
+
+/// Memory that outlives a process of a test.
+#[derive(Debug)]
+struct Survivor(Box<[AtomicU64]>);
+
+impl LedgerMemory for Survivor {
+    fn words(&self) -> &[AtomicU64] {
+        &self.0
+    }
+}
+
+fn survivor() -> Arc<dyn LedgerMemory> {
+    Arc::new(Survivor((0..LEDGER_WORDS).map(|_| AtomicU64::new(0)).collect()))
+}
+
+/// Opens the image, and takes over what `ledger` has left of it.
+fn open_with_ledger(memory: &Memory, ledger: &Arc<dyn LedgerMemory>) -> Result<Disk, DiskError> {
+    let mut disk = open(memory)?;
+    run(disk.keep_ledger(memory, Arc::clone(ledger)))?;
+    Ok(disk)
+}
+
+fn case(shape: Shape, seed: u64, end: End) {
     let random = Random::new(seed);
     let memory = Rc::new(Memory::new(image(shape), seed));
-    let disk = Rc::new(open(&memory).unwrap());
+    let ledger = survivor();
+    let disk = Rc::new(open_with_ledger(&memory, &ledger).unwrap());
     memory.dead_from_call.set(memory.calls() + random.below(300));
     let all: Histories = Rc::new(RefCell::new((0..SECTORS).map(|_| History::default()).collect()));
     for (h, before) in all.borrow_mut().iter_mut().zip(content(shape).chunks(512)) {
@@ -75,14 +107,22 @@ fn case(shape: Shape, seed: u64) {
         (0..TASKS)
             .map(|t| work(t, Rc::clone(&disk), Rc::clone(&memory), Rc::clone(&all), Random::new(seed ^ (t + 1) << 40))),
     );
-    let files = memory.after_power_cut(&random);
-    assert_eq!(faults(&files, false), [""; 0], "{shape:?}, seed {seed}");
+    let files = match end {
+        End::PowerCut => memory.after_power_cut(&random),
+        // What was acknowledged is there, flushed or not.
+        End::Kill => {
+            all.borrow_mut().iter_mut().for_each(|h| h.floor = h.answered);
+            killed_while_recovering(memory.files(), &ledger, &random)
+        }
+    };
+    assert_eq!(faults(&files, false), [""; 0], "{shape:?}, seed {seed}, {end:?}");
     // A CID and its copy can be torn apart, as can a table and its copy.
     let torn = [FaultKind::Unclean, FaultKind::CopiesDiffer, FaultKind::ContentId];
     let worse: Vec<Fault> = check(&files).0.into_iter().filter(|f| !torn.contains(&f.kind)).collect();
     assert_eq!(worse, [], "{shape:?}, seed {seed}");
     let after = Memory::new(files, seed);
-    let disk = open(&after).unwrap();
+    let ledger = if end == End::Kill { ledger } else { survivor() };
+    let disk = open_with_ledger(&after, &ledger).unwrap();
     let bytes = run(read(&disk, &after, 0, DISK)).unwrap_or_else(|e| panic!("{shape:?}, seed {seed}: {e}"));
     for (n, h) in all.borrow().iter().enumerate() {
         let got = &bytes[n * 512..][..512];
@@ -108,13 +148,38 @@ fn case(shape: Shape, seed: u64) {
     assert_eq!(check(&after.files()).0, [], "{shape:?}, seed {seed}, after going on");
 }
 
+/// The next process takes over, and dies as well, once or twice.
+fn killed_while_recovering(
+    mut files: Vec<(String, Vec<u8>)>,
+    ledger: &Arc<dyn LedgerMemory>,
+    random: &Random,
+) -> Vec<(String, Vec<u8>)> {
+    for _ in 0..random.below(3) {
+        let memory = Memory::new(files, random.below(1 << 30));
+        memory.dead_from_call.set(random.below(60));
+        // It may as well get through.
+        let _ = open_with_ledger(&memory, ledger);
+        files = memory.files();
+    }
+    files
+}
+
+#[test]
+fn a_killed_process_loses_nothing_that_was_acknowledged() {
+    cases(End::Kill);
+}
+
 #[test]
 fn a_power_cut_loses_nothing_that_was_flushed() {
+    cases(End::PowerCut);
+}
+
+fn cases(end: End) {
     let number = |name| std::env::var(name).ok().and_then(|v| v.parse::<u64>().ok());
     if let Some(seed) = number("VDISK_CRASH_SEED") {
-        return SHAPES.into_iter().for_each(|shape| case(shape, seed));
+        return SHAPES.into_iter().for_each(|shape| case(shape, seed, end));
     }
     for seed in 0..number("VDISK_CRASH_CASES").unwrap_or(1000) / SHAPES.len() as u64 {
-        SHAPES.into_iter().for_each(|shape| case(shape, seed));
+        SHAPES.into_iter().for_each(|shape| case(shape, seed, end));
     }
 }

@@ -1,0 +1,129 @@
+//! Taking over what a process that died has left in its ledger.
+
+use crate::allocate::sector_number;
+use crate::coding::Entry;
+use crate::disk::Disk;
+use crate::error::DiskError;
+use crate::file_io::FileIo;
+use crate::image::Layout;
+use crate::ledger::{Ledger, LedgerMemory, LedgerOf, Record, What};
+use crate::sparse::{Lookup, MetaRef, Sparse};
+use crate::table::{PAGE_ENTRIES, TableCopy};
+use crate::wait::locked;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use vmdk_parse::{Access, SECTOR_SIZE};
+
+impl Disk {
+    /// Grains that a process which died has left in a ledger for this image: they are not in the image, and what it shows is as
+    /// old as the last flush.
+    pub fn left_in(&self, memory: Arc<dyn LedgerMemory>) -> u64 {
+        self.left(&Ledger::new(memory)).iter().filter(|r| matches!(r.what, What::Grain { .. })).count() as u64
+    }
+
+    fn left(&self, ledger: &Ledger) -> Vec<Record> {
+        // Whoever has closed the image since, or changed it, has not seen what is in the ledger.
+        match self.info.content_id {
+            Some(id) if !self.info.clean => ledger.left(id),
+            _ => Vec::new(),
+        }
+    }
+
+    /// Takes over what is left in a ledger for this image, durably, and keeps the ledger from now on: a write that was acknowledged
+    /// survives the death of this process. Answers how many grains were taken over. Nothing was served yet.
+    ///
+    /// An image that is only read, or has neither tables nor a content ID to be known by, keeps none.
+    ///
+    /// # Errors
+    ///
+    /// As of a write and a flush; the ledger then still has everything.
+    pub async fn keep_ledger<I: FileIo>(&mut self, io: &I, memory: Arc<dyn LedgerMemory>) -> Result<u64, DiskError> {
+        let has_tables = self.chain.top.writable_sparse().next().is_some();
+        let Some(id) = self.new_content_id.filter(|_| has_tables && !self.geometry.read_only) else { return Ok(0) };
+        let ledger = Ledger::new(memory);
+        let left = self.left(&ledger);
+        let mut grains = 0;
+        if !left.is_empty() {
+            // The first change gives the image another content ID, and this process may die as well.
+            ledger.allow(id);
+            self.begin_change(io).await?;
+            for record in left {
+                grains += u64::from(self.take_over(io, record).await?);
+            }
+            self.flush(io).await?;
+        }
+        ledger.begin(id);
+        let ledger = Arc::new(ledger);
+        for (extent, sparse) in self.chain.top.extents.iter_mut().filter_map(writable_sparse).enumerate() {
+            sparse.ledger = Some(LedgerOf { ledger: Arc::clone(&ledger), extent });
+        }
+        self.ledger = Some(ledger);
+        Ok(grains)
+    }
+
+    /// Whether the record was of a grain that the image did not have.
+    async fn take_over<I: FileIo>(&self, io: &I, record: Record) -> Result<bool, DiskError> {
+        let Some(extent) = self.chain.top.writable_sparse().nth(record.extent) else { return Ok(false) };
+        match record.what {
+            What::Table { table, sector } => {
+                while extent.page(table).is_none() {
+                    if table >= extent.tables {
+                        return Ok(false);
+                    }
+                    self.load(io, extent, MetaRef::Directory(table / PAGE_ENTRIES)).await?;
+                }
+                extent.take_over_table(table, u64::from(sector) * SECTOR_SIZE);
+                Ok(false)
+            }
+            What::Grain { grain, sector } => loop {
+                match extent.take_over_grain(grain, u64::from(sector) * SECTOR_SIZE) {
+                    Ok(was_new) => return Ok(was_new),
+                    Err(meta) => self.load(io, extent, meta).await?,
+                }
+            },
+        }
+    }
+}
+
+fn writable_sparse(extent: &mut crate::image::Extent) -> Option<&mut Sparse> {
+    match &mut extent.layout {
+        Layout::Sparse(s) if extent.access == Access::Rw => Some(s),
+        Layout::Sparse(_) | Layout::Flat { .. } | Layout::Zero => None,
+    }
+}
+
+impl Sparse {
+    fn lies_in_file(&self, at: u64, len: u64) -> bool {
+        at + len <= self.file_len.load(Ordering::Acquire) && !self.is_metadata(at, len)
+    }
+
+    fn take_over_table(&self, index: u64, at: u64) {
+        let mut state = locked(&self.state);
+        let Some((page, slot)) = self.page(index) else { return };
+        let copies = if self.rgd_at.is_some() { 2 } else { 1 };
+        // It may have become durable before the process died.
+        if page.gd.get(slot) == Some(0) && self.lies_in_file(at, copies * self.table_bytes()) {
+            self.insert_new_table(&mut state, index, at);
+        }
+    }
+
+    /// What has to be read first, or whether the grain was absent.
+    fn take_over_grain(&self, grain: u64, at: u64) -> Result<bool, MetaRef> {
+        let index = grain / self.gtes;
+        let mut state = locked(&self.state);
+        let table = match self.table(index, Arc::clone) {
+            Lookup::Table(table) => table,
+            Lookup::Need(meta) if index < self.tables => return Err(meta),
+            Lookup::Need(_) | Lookup::Absent => return Ok(false),
+        };
+        let entry = usize::try_from(grain % self.gtes).unwrap_or(0);
+        let now = self.coding.grain(table.entry(entry).unwrap_or(0));
+        if table.copy == TableCopy::Broken || now == Ok(Entry::At(at)) || !self.lies_in_file(at, SECTOR_SIZE) {
+            return Ok(false);
+        }
+        if table.set(entry, sector_number(at)) {
+            state.dirty.push(index);
+        }
+        Ok(true)
+    }
+}
