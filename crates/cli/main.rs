@@ -14,6 +14,7 @@ mod failure;
 mod hygiene;
 mod in_use;
 mod info;
+mod ledger;
 mod list;
 mod location;
 mod logging;
@@ -25,6 +26,7 @@ mod overlay;
 mod partitions;
 mod process;
 mod progress;
+mod recover;
 mod report;
 mod serve;
 mod serve_fuse;
@@ -68,6 +70,7 @@ enum Verb {
     Info(info::Args),
     Map(map::Args),
     Check(check::Args),
+    Recover(recover::Args),
 }
 
 fn main() -> ExitCode {
@@ -81,6 +84,9 @@ fn main() -> ExitCode {
             serve::run(args, cli.verbose).map_err(|e| (format!("serve {}", args.image.image.display()), e))
         }
         Verb::Info(args) => info::run(args, cli.verbose).map_err(|e| (format!("info {}", args.image.display()), e)),
+        Verb::Recover(args) => {
+            recover::run(args, cli.verbose).map_err(|e| (format!("recover {}", args.image.display()), e))
+        }
         Verb::Check(args) => check::run(args, cli.verbose).map_err(|e| (format!("check {}", args.image.display()), e)),
         Verb::Map(args) => map::run(args, cli.verbose).map_err(|e| (format!("map {}", args.image.display()), e)),
     };

@@ -17,6 +17,8 @@ use crate::overlay::{self, Overlay};
 pub(crate) struct Opened {
     pub(crate) files: Arc<FileSet>,
     pub(crate) disk: Arc<Disk>,
+    /// The file of the ledger, if one is kept.
+    pub(crate) ledger: Option<PathBuf>,
 }
 
 impl Opened {
@@ -83,7 +85,7 @@ impl Opened {
         // Unlocked: also of an image that is attached.
         let mode = OpenMode { writable: false, trust_paths, unlocked: true, ..OpenMode::default() };
         let opened = Self::open_with(&Location::of(path), mode, &to_read(format, examine))?;
-        for notice in &opened.disk.info().notices {
+        for notice in opened.disk.info().notices.iter().chain(&opened.left_behind()) {
             crate::notice(notice);
         }
         Ok(opened)
@@ -98,7 +100,7 @@ impl Opened {
         let mode = OpenMode { writable: false, trust_paths, ..OpenMode::default() };
         let (files, id) = Location::of(path).open(mode).map_err(|e| OpenFailure::host(path, e))?;
         match block_on(Disk::open(&files, id, &to_read(format, true))) {
-            Ok(disk) => Ok(Ok(Self { files: files.into_set(), disk: Arc::new(disk) })),
+            Ok(disk) => Ok(Ok(Self { files: files.into_set(), disk: Arc::new(disk), ledger: None })),
             Err(e) if e.kind() == ErrorKind::Corrupt => Ok(Err(Fault::unreadable(&path.display().to_string(), &e))),
             Err(e) => Err(OpenFailure::disk(path, &e)),
         }
@@ -107,7 +109,7 @@ impl Opened {
     pub(crate) fn open_with(image: &Location, mode: OpenMode, options: &OpenOptions) -> Result<Self, OpenFailure> {
         let (files, id) = image.open(mode).map_err(|e| OpenFailure::host(image.path(), e))?;
         let disk = block_on(Disk::open(&files, id, options)).map_err(|e| OpenFailure::disk(image.path(), &e))?;
-        Ok(Self { files: files.into_set(), disk: Arc::new(disk) })
+        Ok(Self { files: files.into_set(), disk: Arc::new(disk), ledger: None })
     }
 
     /// Opens an image that is only read under an overlay that is open.
@@ -120,7 +122,7 @@ impl Opened {
         let base = image.open_as_base(&files).map_err(|e| OpenFailure::host(image.path(), e))?;
         let disk = block_on(Disk::open_overlay(&files, overlay, base, name, options));
         let disk = disk.map_err(|e| OpenFailure::disk(image.path(), &e))?;
-        Ok(Self { files: files.into_set(), disk: Arc::new(disk) })
+        Ok(Self { files: files.into_set(), disk: Arc::new(disk), ledger: None })
     }
 
     /// What a new overlay has to know of its base.
@@ -152,7 +154,9 @@ impl Opened {
     /// Flushes, and marks the image clean. Nobody may use the disk any more.
     pub(crate) fn close(&self) -> Result<()> {
         let io = BlockingIo::new(Arc::clone(&self.files));
-        block_on(self.disk.close(&io)).map_err(|e| Failure::doing("close", &e))
+        block_on(self.disk.close(&io)).map_err(|e| Failure::doing("close", &e))?;
+        self.forget_ledger();
+        Ok(())
     }
 }
 

@@ -41,6 +41,23 @@ pub(crate) struct ImageOptions {
     pub(crate) drop_change_tracking: bool,
 }
 
+impl ImageOptions {
+    /// An image, and nothing that the user has asked for.
+    pub(crate) fn of(image: PathBuf) -> Self {
+        Self {
+            image,
+            read_only: false,
+            overlay: None,
+            cache_size: 0,
+            format: FormatChoice::Auto,
+            zeroout: Zeroout::Keep,
+            trust_paths: false,
+            ignore_parent_cid: false,
+            drop_change_tracking: false,
+        }
+    }
+}
+
 /// `--format`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum FormatChoice {

@@ -40,7 +40,8 @@ fn address(text: &str) -> Result<SocketAddr, String> {
 pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     let held = signals::hold(false).map_err(|e| Failure::doing("block signals", &e))?;
     logging::to_stderr(verbose);
-    let image = Opened::open(&args.image, DirectIo::Off)?;
+    let mut image = Opened::open(&args.image, DirectIo::Off)?;
+    let taken_over = image.keep_ledger()?;
     let stop = Stop::default();
     let given = stop.clone();
     held.on_end(move || given.give()).map_err(|e| Failure::doing("start a thread", &e))?;
@@ -48,7 +49,7 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
         for place in where_to_find_it {
             let _ = writeln!(io::stderr(), "vdisk: {place}");
         }
-        for notice in &image.disk.info().notices {
+        for notice in image.disk.info().notices.iter().chain(&taken_over) {
             crate::notice(notice);
         }
         crate::service::tell_ready();

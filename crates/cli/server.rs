@@ -74,10 +74,11 @@ fn serve(args: &Args, held: signals::Held, session: &Arc<Mutex<Session>>) -> Res
     let mut image =
         Opened::open(&args.image, args.direct_io).map_err(|failure| name_holder(failure, &path, session))?;
     let (transport, notice) = Transport::choose(args.transport)?;
+    let taken_over = image.keep_ledger()?;
     if args.direct_io == DirectIo::Auto && transport.is_faster_through_page_cache() {
         image.forget_direct();
     }
-    for notice in image.disk.info().notices.iter().cloned().chain(notice) {
+    for notice in image.disk.info().notices.iter().cloned().chain(notice).chain(taken_over) {
         lock(session).reporter.notice(notice);
     }
     if let Err(e) = hygiene::leave_mounts() {

@@ -29,6 +29,11 @@ impl Disk {
         }
     }
 
+    /// Whether [`Disk::keep_ledger`] found a reason to keep one.
+    pub fn has_ledger(&self) -> bool {
+        self.ledger.is_some()
+    }
+
     /// Takes over what is left in a ledger for this image, durably, and keeps the ledger from now on: a write that was acknowledged
     /// survives the death of this process. Answers how many grains were taken over. Nothing was served yet.
     ///

@@ -91,6 +91,14 @@ impl HostFile {
     }
 
     /// Equal for two that are the same file, and the same stretch of it.
+    /// Device and inode; `None` for a block device, and for a member of an archive.
+    pub fn dev_and_ino(&self) -> Option<(u64, u64)> {
+        match (self.identity, self.window) {
+            (Identity::Regular { dev, ino }, None) => Some((dev, ino)),
+            _ => None,
+        }
+    }
+
     pub(crate) fn identity(&self) -> (Identity, Option<Window>) {
         (self.identity, self.window)
     }

@@ -1,0 +1,40 @@
+//! `vdisk recover`: what a killed server has left, into the image.
+
+use std::path::PathBuf;
+
+use crate::failure::{Failure, Result};
+use crate::in_use;
+use crate::open::Opened;
+use crate::options::{DirectIo, ImageOptions};
+use crate::state::StateDir;
+
+/// Put into an image what its server had acknowledged, but not flushed, when it was killed
+///
+/// The next attach or serve of the image does the same. After a power cut there is nothing to recover: what was flushed is in the
+/// image, the rest is gone.
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:\n  vdisk recover disk.vmdk")]
+pub(crate) struct Args {
+    /// The image, or the device that it was attached as
+    #[arg(value_name = "IMAGE|DEVICE")]
+    pub(crate) image: PathBuf,
+    /// Follow extent and parent names that leave the image's directory
+    #[arg(long)]
+    trust_paths: bool,
+}
+
+pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
+    crate::logging::to_stderr(verbose);
+    let mut image = args.image.clone();
+    if in_use::rdev(&image).is_some() {
+        let states = StateDir::host().list()?;
+        let of_device = states.into_iter().find(|state| state.device == image);
+        let state = of_device.ok_or_else(|| Failure::new("is no device of vdisk").hint("vdisk list"))?;
+        image = state.image.into();
+    }
+    let options = ImageOptions { trust_paths: args.trust_paths, ..ImageOptions::of(image) };
+    let mut image = Opened::open(&options, DirectIo::Off)?;
+    let told = image.keep_ledger()?;
+    image.close()?;
+    crate::print(&format!("{}\n", told.unwrap_or_else(|| "nothing to recover".to_owned())))
+}
