@@ -25,7 +25,7 @@ pub(crate) struct Args {
     /// Every device of vdisk
     #[arg(long)]
     all: bool,
-    /// Even while it is mounted or held; end a server that does not answer (what was not flushed is lost)
+    /// Even while it is mounted or held; end a server that does not answer
     #[arg(long)]
     force: bool,
 }
@@ -130,17 +130,21 @@ fn detach(dir: &StateDir, state: State, force: bool) -> Result<()> {
         Some(error) => Err(Failure::new(format!("its server failed: {error}")).hint(log_of(&left))),
         None if force => {
             let how = if end == End::Killed { "did not answer and was ended" } else { "had died" };
-            crate::notice(&format!("pid {} {how}: what was not flushed is lost", left.pid));
+            crate::notice(&format!(
+                "pid {} {how}: vdisk recover {} puts what was not flushed into it",
+                left.pid, left.image
+            ));
             crate::logging::discard(&left.log);
             Ok(())
         }
         None => {
-            Err(Failure::new(format!("its server (pid {}) died before it had flushed", left.pid)).hint(log_of(&left)))
+            let text = format!("its server (pid {}) died before it had flushed", left.pid);
+            Err(Failure::new(text).hint(format_args!("vdisk recover {}; {}", left.image, log_of(&left))))
         }
     }
 }
 
-/// The server is dead, and with it what it had not flushed; the device may still be there.
+/// The server is dead; the device may still be there.
 fn detach_dead(dir: &StateDir, state: &State, force: bool) -> Result<()> {
     let books = dir.lock()?;
     // Somebody else was faster, and the device may be another's by now.

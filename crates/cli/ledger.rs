@@ -17,7 +17,9 @@ use crate::open::Opened;
 fn path(files: &FileSet) -> Option<PathBuf> {
     let (_, first) = files.iter().find(|(id, _)| *id == FileId(0))?;
     let (dev, ino) = first.dev_and_ino()?;
-    Some(directory()?.join(format!("{dev:x}-{ino:x}")))
+    // What an earlier boot has left is not believed, wherever it lies: its data may be gone.
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    Some(directory()?.join(format!("{}-{dev:x}-{ino:x}", boot.trim())))
 }
 
 /// Of root's images, or of another user's. `None`: there is no place that a power cut empties.

@@ -100,7 +100,11 @@ impl Opened {
         let mode = OpenMode { writable: false, trust_paths, ..OpenMode::default() };
         let (files, id) = Location::of(path).open(mode).map_err(|e| OpenFailure::host(path, e))?;
         match block_on(Disk::open(&files, id, &to_read(format, true))) {
-            Ok(disk) => Ok(Ok(Self { files: files.into_set(), disk: Arc::new(disk), ledger: None })),
+            Ok(disk) => {
+                let opened = Self { files: files.into_set(), disk: Arc::new(disk), ledger: None };
+                opened.left_behind().iter().for_each(|notice| crate::notice(notice));
+                Ok(Ok(opened))
+            }
             Err(e) if e.kind() == ErrorKind::Corrupt => Ok(Err(Fault::unreadable(&path.display().to_string(), &e))),
             Err(e) => Err(OpenFailure::disk(path, &e)),
         }

@@ -1,6 +1,9 @@
 //! `vdisk recover`: what a killed server has left, into the image.
 
 use std::path::PathBuf;
+use std::sync::Arc;
+
+use vdisk_io::{BlockingIo, block_on};
 
 use crate::failure::{Failure, Result};
 use crate::in_use;
@@ -35,6 +38,15 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     let options = ImageOptions { trust_paths: args.trust_paths, ..ImageOptions::of(image) };
     let mut image = Opened::open(&options, DirectIo::Off)?;
     let told = image.keep_ledger()?;
+    let was_clean = image.disk.info().clean;
+    if !was_clean {
+        let io = BlockingIo::new(Arc::clone(&image.files));
+        block_on(image.disk.mend(&io)).map_err(|e| Failure::from_error(&e))?;
+    }
     image.close()?;
-    crate::print(&format!("{}\n", told.unwrap_or_else(|| "nothing to recover".to_owned())))
+    let told = told.unwrap_or_else(|| match was_clean {
+        true => "nothing to recover: the image was closed".to_owned(),
+        false => "nothing was left that is not in the image, which is closed now".to_owned(),
+    });
+    crate::print(&format!("{told}\n"))
 }

@@ -44,6 +44,38 @@ fn kill_9_while_it_is_written_leaves_nothing_and_what_was_synced_is_there() {
     assert!(check.contains("No errors"), "{check}");
 }
 
+/// No flush: the entries that name the data are only in the server's ledger.
+#[test]
+fn what_was_written_and_not_flushed_is_there_after_kill_9_and_a_new_attach() {
+    let lab = Lab::new();
+    lab.vmdk("disk.vmdk", "1G");
+    lab.sh("head -c 8388608 /dev/urandom > data");
+    lab.sh("echo 'I/O error|Receive control failed|Connection timed out|shutting down sockets|Attempted send on invalid socket' >> ${VDISK_VM_ALLOW:-/dev/null}");
+    for round in 0..3 {
+        let device = lab.attach("disk.vmdk");
+        // It stays open: the last one who closes a device flushes it.
+        lab.sh(&format!(
+            "exec 9<{disk}; dd if=data of={disk} bs=512k seek={} oflag=direct conv=notrunc; kill -KILL {pid}; \
+             timeout 60 tail --pid={pid} -f /dev/null; exec 9<&-",
+            round * 100,
+            disk = device.path,
+            pid = device.pid()
+        ));
+        wait_until("list says dead", || listed(&lab)[0]["state"] == "dead");
+        if round == 0 {
+            let info = lab.vdisk("info disk.vmdk");
+            assert!(String::from_utf8_lossy(&info.stderr).contains("run vdisk recover"), "{info:?}");
+        }
+        device.detach();
+    }
+    let recovered = lab.sh("$vdisk recover disk.vmdk");
+    assert!(recovered.starts_with("took over "), "{recovered}");
+    assert_eq!(lab.sh("$vdisk check disk.vmdk | head -n 1"), "no errors found");
+    lab.sh("qemu-img convert -O raw disk.vmdk raw; for at in 0 100 200; do cmp -i $((at * 524288)):0 -n 8388608 raw data; done");
+    assert!(lab.sh("qemu-img check disk.vmdk").contains("No errors"));
+    assert_nothing_left(&lab);
+}
+
 /// Data that waits in the page cache of the device, because somebody keeps it open, is written before the server goes.
 #[test]
 fn what_was_written_and_not_flushed_is_there_after_sigterm_and_detach() {

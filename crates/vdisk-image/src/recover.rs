@@ -66,6 +66,16 @@ impl Disk {
         Ok(grains)
     }
 
+    /// Has [`Disk::close`] mark an image clean that nobody has closed, and makes its tables and their copies the same, although
+    /// nothing else changes.
+    ///
+    /// # Errors
+    ///
+    /// As of a first write.
+    pub async fn mend<I: FileIo>(&self, io: &I) -> Result<(), DiskError> {
+        self.begin_change(io).await
+    }
+
     /// Whether the record was of a grain that the image did not have.
     async fn take_over<I: FileIo>(&self, io: &I, record: Record) -> Result<bool, DiskError> {
         let Some(extent) = self.chain.top.writable_sparse().nth(record.extent) else { return Ok(false) };
