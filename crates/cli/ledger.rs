@@ -56,7 +56,7 @@ impl Opened {
         if self.geometry().read_only {
             return Ok(self.left_behind());
         }
-        let Some(path) = path(&self.files) else { return Ok(None) };
+        let Some(path) = path(&self.files).filter(|_| self.disk.needs_ledger()) else { return Ok(None) };
         let opened = path.parent().map_or(Ok(()), make).and_then(|()| LedgerFile::create(&path));
         let memory: Arc<dyn LedgerMemory> = match opened {
             Ok(memory) => Arc::new(memory),
@@ -72,11 +72,7 @@ impl Opened {
         let Some(disk) = Arc::get_mut(&mut self.disk) else { return Ok(None) };
         let taken = block_on(disk.keep_ledger(&io, memory))
             .map_err(|e| Failure::doing("take over what a killed server has left", &e))?;
-        if !disk.has_ledger() {
-            let _ = fs::remove_file(&path);
-        } else {
-            self.ledger = Some(path);
-        }
+        self.ledger = Some(path);
         Ok((taken > 0).then(|| format!("took over {taken} grains that a killed server had not flushed")))
     }
 

@@ -5,7 +5,11 @@ use crate::lab::{Lab, assert_nothing_left, listed, text, transport};
 #[test]
 fn a_partitioned_disk_lives_through_attach_and_detach() {
     let lab = Lab::new();
+    // Of images whose servers were killed.
+    let ledgers = || lab.sh("ls -A /run/vdisk/ledgers 2>/dev/null || true");
+    let before = ledgers();
     lab.ext4_session();
+    assert_eq!(ledgers(), before);
     assert!(lab.sh("qemu-img check disk.vmdk").contains("No errors"));
     let qemu = lab.qemu_sha256("disk.vmdk");
     let again = lab.attach("-r disk.vmdk");

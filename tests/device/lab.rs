@@ -164,7 +164,7 @@ pub(crate) fn listed(lab: &Lab) -> Vec<serde_json::Value> {
 /// Checks that nothing is left: no state file, no serving process, no block device with something behind it.
 pub(crate) fn assert_nothing_left(lab: &Lab) {
     assert_eq!(listed(lab), [serde_json::Value::Null; 0]);
-    assert_eq!(lab.sh("ls -A /run/vdisk 2>/dev/null || true"), "", "state files");
+    assert_eq!(lab.sh("ls -A --ignore ledgers /run/vdisk 2>/dev/null || true"), "", "state files");
     assert_eq!(lab.sh(&format!("pgrep -fa '^{VDISK} attach' || true")), "", "processes");
     assert_eq!(lab.sh("ls -d /dev/ublkb* /dev/ublkc* 2>/dev/null || true"), "", "nodes");
     assert_eq!(lab.sh("cat /sys/block/nbd*/size 2>/dev/null | grep -v '^0$' || true"), "", "nbd devices in use");

@@ -29,22 +29,21 @@ impl Disk {
         }
     }
 
-    /// Whether [`Disk::keep_ledger`] found a reason to keep one.
-    pub fn has_ledger(&self) -> bool {
-        self.ledger.is_some()
+    /// Whether [`Disk::keep_ledger`] would keep one. An image that is only read, or has neither tables nor a content ID to be known
+    /// by, has no use for it.
+    pub fn needs_ledger(&self) -> bool {
+        let has_tables = self.chain.top.writable_sparse().next().is_some();
+        has_tables && self.new_content_id.is_some() && !self.geometry.read_only
     }
 
     /// Takes over what is left in a ledger for this image, durably, and keeps the ledger from now on: a write that was acknowledged
     /// survives the death of this process. Answers how many grains were taken over. Nothing was served yet.
     ///
-    /// An image that is only read, or has neither tables nor a content ID to be known by, keeps none.
-    ///
     /// # Errors
     ///
     /// As of a write and a flush; the ledger then still has everything.
     pub async fn keep_ledger<I: FileIo>(&mut self, io: &I, memory: Arc<dyn LedgerMemory>) -> Result<u64, DiskError> {
-        let has_tables = self.chain.top.writable_sparse().next().is_some();
-        let Some(id) = self.new_content_id.filter(|_| has_tables && !self.geometry.read_only) else { return Ok(0) };
+        let Some(id) = self.new_content_id.filter(|_| self.needs_ledger()) else { return Ok(0) };
         let ledger = Ledger::new(memory);
         let left = self.left(&ledger);
         let mut grains = 0;
