@@ -88,7 +88,7 @@ fn a_damaged_image_is_told_in_lines_and_in_json_and_by_the_exit_status() {
         "{out}"
     );
     assert!(lines[2].ends_with("past the end of the file (entry_past_end)"), "{out}");
-    assert!(lines[3].starts_with("1 grains (64 KiB) belong to nothing"), "{out}");
+    assert!(lines[3].starts_with("1 grains (64 KiB) of the file belong to nothing"), "{out}");
     assert_eq!(err, "vdisk: check d.vmdk: 3 errors found\n");
 
     let (status, out, err) = check(dir, &["--json", "d.vmdk"]);

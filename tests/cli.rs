@@ -147,7 +147,7 @@ fn usage_errors_exit_2() {
         &["detach", "x", "--all"],
         &["serve", "x"],
         &["serve", "x", "--listen", "127.0.0.1"],
-        &["recover", "x"],
+        &["explode", "x"],
     ] {
         assert_eq!(vdisk(args).status.code(), Some(2), "{args:?}");
     }

@@ -41,6 +41,8 @@ struct Report {
     /// There is no error. What belongs to nothing is none.
     clean: bool,
     errors: Vec<Error>,
+    /// What is only worth knowing.
+    notes: Vec<Error>,
     /// How many more errors there are than are listed.
     more_errors: u64,
     leaked_grains: u64,
@@ -62,18 +64,20 @@ struct Error {
 /// Keeps what a check finds, and shows how far it is.
 struct Watch {
     errors: Vec<Error>,
+    notes: Vec<Error>,
     more: u64,
     bar: Progress,
 }
 
 impl CheckWatch for Watch {
     fn fault(&mut self, fault: Fault) {
-        if self.errors.len() == LISTED {
-            self.more += 1;
-            return;
-        }
         let Fault { kind, file, offset, detail } = fault;
-        self.errors.push(Error { kind: kind.name(), file, offset, detail });
+        let list = if kind.is_note() { &mut self.notes } else { &mut self.errors };
+        if list.len() < LISTED {
+            list.push(Error { kind: kind.name(), file, offset, detail });
+        } else if !kind.is_note() {
+            self.more += 1;
+        }
     }
 
     fn progress(&mut self, done: u64, total: u64) {
@@ -83,7 +87,7 @@ impl CheckWatch for Watch {
 
 pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     crate::logging::to_stderr(verbose);
-    let mut watch = Watch { errors: Vec::new(), more: 0, bar: Progress::new() };
+    let mut watch = Watch { errors: Vec::new(), notes: Vec::new(), more: 0, bar: Progress::new() };
     let mut raw = false;
     let leaks = match Opened::open_to_check(&args.image, args.format, args.trust_paths)? {
         Ok(image) => {
@@ -100,6 +104,7 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     let report = Report {
         clean: watch.errors.is_empty(),
         errors: watch.errors,
+        notes: watch.notes,
         more_errors: watch.more,
         leaked_grains: leaks.grains,
         leaked_bytes: leaks.bytes,
@@ -121,7 +126,7 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
 impl Report {
     fn text(&self) -> String {
         let mut text = String::new();
-        for Error { kind, file, offset, detail } in &self.errors {
+        for Error { kind, file, offset, detail } in self.errors.iter().chain(&self.notes) {
             let offset = offset.map_or_else(String::new, |at| format!("byte {at}: "));
             // What opening says names the file itself.
             let detail = detail.strip_prefix(&format!("{file}: ")).unwrap_or(detail);
@@ -136,7 +141,8 @@ impl Report {
         }
         if self.leaked_grains > 0 {
             let size = size::human(self.leaked_bytes);
-            text += &format!("{} grains ({size}) belong to nothing: lost room, and no data\n", self.leaked_grains);
+            text +=
+                &format!("{} grains ({size}) of the file belong to nothing, which harms nobody\n", self.leaked_grains);
         }
         text
     }

@@ -85,7 +85,11 @@ impl Opened {
         // Unlocked: also of an image that is attached.
         let mode = OpenMode { writable: false, trust_paths, unlocked: true, ..OpenMode::default() };
         let opened = Self::open_with(&Location::of(path), mode, &to_read(format, examine))?;
-        for notice in opened.disk.info().notices.iter().chain(&opened.left_behind()) {
+        // Of a server that lives, it is not left.
+        let locked = OpenMode { unlocked: false, ..mode };
+        let is_free = Location::of(path).open(locked).is_ok();
+        let left = opened.left_behind().filter(|_| is_free);
+        for notice in opened.disk.info().notices.iter().chain(&left) {
             crate::notice(notice);
         }
         Ok(opened)
@@ -254,7 +258,7 @@ fn hint(kind: ErrorKind, text: &str) -> Option<&'static str> {
     }
     match kind {
         ErrorKind::NotAnImage => Some("vdisk serves VMDK and raw images; qemu-img convert makes one of others"),
-        ErrorKind::Unsupported => Some("qemu-img convert -O vmdk may make one that is"),
+        ErrorKind::Unsupported => None,
         ErrorKind::Corrupt => Some("restore it from a copy"),
         ErrorKind::NotFound => Some("check the name, and that every file of the image is in its directory"),
         ErrorKind::PermissionDenied => Some("run vdisk as a user who may; attach and serve need less with --read-only"),

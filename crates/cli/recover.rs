@@ -9,6 +9,7 @@ use crate::failure::{Failure, Result};
 use crate::in_use;
 use crate::open::Opened;
 use crate::options::{DirectIo, ImageOptions};
+use crate::overlay::Overlay;
 use crate::state::StateDir;
 
 /// Put into an image what its server had acknowledged, but not flushed, when it was killed
@@ -21,6 +22,9 @@ pub(crate) struct Args {
     /// The image, or the device that it was attached as
     #[arg(value_name = "IMAGE|DEVICE")]
     pub(crate) image: PathBuf,
+    /// What was served was this overlay of the image
+    #[arg(long, value_name = "FILE")]
+    overlay: Option<PathBuf>,
     /// Follow extent and parent names that leave the image's directory
     #[arg(long)]
     trust_paths: bool,
@@ -35,18 +39,25 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
         let state = of_device.ok_or_else(|| Failure::new("is no device of vdisk").hint("vdisk list"))?;
         image = state.image.into();
     }
-    let options = ImageOptions { trust_paths: args.trust_paths, ..ImageOptions::of(image) };
+    let overlay = args.overlay.clone().map(Overlay::File);
+    let options = ImageOptions { trust_paths: args.trust_paths, overlay, ..ImageOptions::of(image) };
     let mut image = Opened::open(&options, DirectIo::Off)?;
-    let told = image.keep_ledger()?;
     let was_clean = image.disk.info().clean;
+    let needed = image.disk.needs_ledger();
+    let told = image.keep_ledger(&options)?;
+    if needed && image.ledger.is_none() {
+        return Err(Failure::new(told.join("; ")));
+    }
     if !was_clean {
         let io = BlockingIo::new(Arc::clone(&image.files));
         block_on(image.disk.mend(&io)).map_err(|e| Failure::from_error(&e))?;
     }
     image.close()?;
-    let told = told.unwrap_or_else(|| match was_clean {
-        true => "nothing to recover: the image was closed".to_owned(),
-        false => "nothing was left that is not in the image, which is closed now".to_owned(),
-    });
-    crate::print(&format!("{told}\n"))
+    if !told.is_empty() {
+        return crate::print(&(told.join("\n") + "\n"));
+    }
+    crate::print(match was_clean {
+        true => "nothing to recover: the image was closed\n",
+        false => "nothing was left that is not in the image, which is closed now\n",
+    })
 }

@@ -41,7 +41,7 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     let held = signals::hold(false).map_err(|e| Failure::doing("block signals", &e))?;
     logging::to_stderr(verbose);
     let mut image = Opened::open(&args.image, DirectIo::Off)?;
-    let taken_over = image.keep_ledger()?;
+    let taken_over = image.keep_ledger(&args.image)?;
     let stop = Stop::default();
     let given = stop.clone();
     held.on_end(move || given.give()).map_err(|e| Failure::doing("start a thread", &e))?;

@@ -74,11 +74,10 @@ fn serve(args: &Args, held: signals::Held, session: &Arc<Mutex<Session>>) -> Res
     let mut image =
         Opened::open(&args.image, args.direct_io).map_err(|failure| name_holder(failure, &path, session))?;
     let (transport, notice) = Transport::choose(args.transport)?;
-    let taken_over = image.keep_ledger()?;
     if args.direct_io == DirectIo::Auto && transport.is_faster_through_page_cache() {
         image.forget_direct();
     }
-    for notice in image.disk.info().notices.iter().cloned().chain(notice).chain(taken_over) {
+    for notice in image.disk.info().notices.iter().cloned().chain(notice) {
         lock(session).reporter.notice(notice);
     }
     if let Err(e) = hygiene::leave_mounts() {
@@ -89,6 +88,10 @@ fn serve(args: &Args, held: signals::Held, session: &Arc<Mutex<Session>>) -> Res
     let given = stop.clone();
     held.on_end(move || given.give()).map_err(|e| Failure::doing("start a thread", &e))?;
     lock(session).claim_books(&path)?;
+    // Not before it is sure that there will be a device.
+    for notice in image.keep_ledger(&args.image)? {
+        lock(session).reporter.notice(notice);
+    }
 
     let mut served = Ok(());
     let mut may_close = true;

@@ -4,9 +4,10 @@
 //! (CID) and "Hosted Sparse Extents" (uncleanShutdown).
 
 use crate::disk::Disk;
-use crate::error::DiskError;
+use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo};
 use crate::flush::{self, Step};
+use crate::scan::TableRun;
 use crate::sparse::{MetaRef, Sparse};
 use crate::table::{PAGE_ENTRIES, Page, TableCopy};
 use crate::usage::Used;
@@ -23,6 +24,8 @@ const SCAN_BYTES: u64 = 1 << 20;
 pub(crate) struct FirstChange {
     happened: AtomicBool,
     state: Mutex<Option<WaitList>>,
+    /// Why the image cannot change: nobody looks through all its tables twice for that.
+    refused: Mutex<Option<String>>,
     /// Writes the new content ID, and whatever else changes once.
     once: Vec<Step>,
     /// Where headers say that they were not closed.
@@ -36,6 +39,19 @@ impl FirstChange {
 
     pub(crate) fn happened(&self) -> bool {
         self.happened.load(Ordering::Acquire)
+    }
+
+    fn refuse(&self, e: &DiskError) {
+        if e.kind() == ErrorKind::Corrupt {
+            *locked(&self.refused) = Some(e.to_string());
+        }
+    }
+
+    fn check_refused(&self) -> Result<(), DiskError> {
+        match &*locked(&self.refused) {
+            Some(why) => Err(DiskError::new(ErrorKind::Corrupt, why.clone())),
+            None => Ok(()),
+        }
     }
 
     /// Sets uncleanShutdown, changes the content ID, does what `more` says, makes all of it durable.
@@ -110,8 +126,13 @@ impl Disk {
         })
         .await;
         let Some(_beginning) = mine else { return Ok(()) };
+        first.check_refused()?;
+        // All are looked at before anything is written: an image that is refused is left as it is.
         for extent in self.chain.top.writable_sparse() {
-            self.find_end(io, extent).await?;
+            self.find_end(io, extent).await.inspect_err(|e| first.refuse(e))?;
+        }
+        for extent in self.chain.top.writable_sparse().filter(|e| e.is_to_be_compared()) {
+            self.mend_copies(io, extent).await?;
         }
         let steps = first.steps(self.chain.top.writable_sparse().filter_map(Sparse::free_sector_step));
         flush::run(io, &steps, |f| self.name(f)).await?;
@@ -129,7 +150,7 @@ impl Disk {
         if extent.knows_its_end() {
             return Ok(());
         }
-        let compare = extent.unclean && extent.rgd_at.is_some();
+        let compare = extent.is_to_be_compared();
         let mut used = Used::new(extent);
         for page in 0..extent.page_count() {
             let Some(_loaded) = self.load_page(io, extent, page).await? else { continue };
@@ -138,10 +159,20 @@ impl Disk {
         let mut end = extent.metadata_end();
         for page in 0..extent.page_count() {
             let Some(_loaded) = self.load_page(io, extent, page).await? else { continue };
-            end = end.max(extent.end_of_tables(page));
+            let tables_end = extent.end_of_tables(page);
+            if tables_end > extent.file_len.load(Ordering::Acquire) {
+                let what = format!("{}: a grain table lies past the end of the file, which was cut off", extent.name);
+                return Err(DiskError::new(
+                    ErrorKind::Corrupt,
+                    format!("{what}: use --read-only (vdisk check shows all)"),
+                ));
+            }
+            end = end.max(tables_end);
             for run in extent.table_runs(page, SCAN_BYTES).unwrap_or_default() {
                 let len = run.count * extent.table_bytes();
-                if !compare && self.is_hole(io, extent.file, run.at, len).await {
+                if self.is_hole(io, extent.file, run.at, len).await
+                    && !(compare && self.has_copy(io, extent, run).await)
+                {
                     continue;
                 }
                 let bytes = self.read_metadata(io, extent.file, run.at, len).await?;
@@ -153,9 +184,6 @@ impl Disk {
                     end = end.max(extent.end_of_entries(&copy));
                 }
             }
-        }
-        if compare {
-            self.mend_copies(io, extent).await?;
         }
         extent.allocate_from(end);
         Ok(())
@@ -169,7 +197,14 @@ impl Disk {
             let Some(_loaded) = self.load_page(io, extent, page).await? else { continue };
             extent.forget_unborn_tables(page);
             let runs = extent.table_runs(page, SCAN_BYTES).unwrap_or_default();
-            for (table, at) in runs.iter().flat_map(|run| run.tables(extent.table_bytes())) {
+            let mut there = Vec::new();
+            for run in runs {
+                let len = run.count * extent.table_bytes();
+                if !self.is_hole(io, extent.file, run.at, len).await || self.has_copy(io, extent, run).await {
+                    there.push(run);
+                }
+            }
+            for (table, at) in there.iter().flat_map(|run| run.tables(extent.table_bytes())) {
                 let TableCopy::At(copy_at) = extent.copy_of(table, at) else { continue };
                 let primary = self.read_metadata(io, extent.file, at, extent.table_bytes()).await?;
                 if primary == self.read_metadata(io, extent.file, copy_at, extent.table_bytes()).await? {
@@ -188,6 +223,15 @@ impl Disk {
             );
         }
         Ok(())
+    }
+
+    /// Whether anything is in the copies of these tables.
+    async fn has_copy<I: FileIo>(&self, io: &I, extent: &Sparse, run: TableRun) -> bool {
+        let bytes = extent.table_bytes();
+        let Some(first) = extent.copy_at(run.first) else { return true };
+        let last = extent.copy_at(run.first + run.count - 1);
+        // Copies that do not follow one another are looked at one by one.
+        last != Some(first + (run.count - 1) * bytes) || !self.is_hole(io, extent.file, first, run.count * bytes).await
     }
 
     /// The page of the directory, which stays in memory while the answer is held. `None` if it names nothing: it lies in a hole.

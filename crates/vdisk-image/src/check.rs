@@ -35,7 +35,7 @@ pub enum FaultKind {
     NewlineBytes,
     /// The header and the descriptor give the extent different sizes.
     Capacity,
-    /// The CID and the end of longContentID differ.
+    /// The CID and the end of longContentID differ, as after a write by qemu.
     ContentId,
     /// The parent was changed after the child was made, or cannot be opened.
     Parent,
@@ -60,6 +60,11 @@ pub enum FaultKind {
 }
 
 impl FaultKind {
+    /// Whether it is only worth knowing: other programs leave images so, and nothing is wrong with them.
+    pub fn is_note(self) -> bool {
+        self == Self::ContentId
+    }
+
     /// The name that scripts may rely on.
     pub fn name(self) -> &'static str {
         match self {

@@ -133,7 +133,13 @@ impl Disk {
                 round.given_up();
                 Err(error)
             }
-            Err(Failed { error, .. }) => Err(error),
+            Err(Failed { error, nothing_lost }) => {
+                // Grains that the ledger names may be lost, and the next sync would not say so.
+                if let (Some(ledger), false) = (&self.ledger, nothing_lost) {
+                    ledger.void();
+                }
+                Err(error)
+            }
         }
     }
 

@@ -6,9 +6,10 @@
 //!
 //! Two halves take records in turn. A flush that is planned turns to the other half, and when it is done the first one is empty.
 
+use crate::wait::{WaitList, locked, until, wake};
 use std::fmt::Debug;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use vmdk_parse::ContentId;
 
 /// Memory that outlives the process.
@@ -19,6 +20,9 @@ pub trait LedgerMemory: Debug + Send + Sync {
 
 /// Records in a half: 2 GiB of new grains of 64 KiB between two flushes. A writer that finds no room flushes.
 const RECORDS: usize = if cfg!(test) { 64 } else { 1 << 15 };
+
+/// Extents that can be told apart.
+pub(crate) const EXTENTS: usize = 1 << 15;
 
 /// Words in front of the halves.
 const HEAD: usize = 8;
@@ -53,6 +57,9 @@ pub(crate) struct Ledger {
     memory: Arc<dyn LedgerMemory>,
     /// Records of the active half, and room in it that was promised.
     load: AtomicU64,
+    /// Who waits until a flush would make room.
+    waiting: Mutex<WaitList>,
+    is_awaited: AtomicBool,
 }
 
 /// What a ledger says.
@@ -95,7 +102,7 @@ pub(crate) struct Turned {
 
 impl Ledger {
     pub(crate) fn new(memory: Arc<dyn LedgerMemory>) -> Self {
-        Self { memory, load: AtomicU64::new(0) }
+        Self { memory, load: AtomicU64::new(0), waiting: Mutex::default(), is_awaited: AtomicBool::new(false) }
     }
 
     fn word(&self, at: usize) -> Option<&AtomicU64> {
@@ -124,9 +131,20 @@ impl Ledger {
         self.set(MAGIC_AT, MAGIC);
     }
 
-    /// The image is about to get this content ID, and what is here still counts.
-    pub(crate) fn allow(&self, id: ContentId) {
-        self.set(OTHER_ID_AT, HAS_ID | u64::from(id.0));
+    /// The image, which has the content ID `now`, is about to get another one, and what is here still counts.
+    pub(crate) fn allow(&self, now: ContentId, next: ContentId) {
+        self.set(CONTENT_ID_AT, HAS_ID | u64::from(now.0));
+        self.set(OTHER_ID_AT, HAS_ID | u64::from(next.0));
+    }
+
+    /// What is here must not be believed any more: the data behind it may be gone.
+    pub(crate) fn void(&self) {
+        self.set(MAGIC_AT, 0);
+    }
+
+    /// Whether there is anything that is not in an image, of whatever image.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.get(MAGIC_AT) != MAGIC || (0..2).all(|half| self.records(half).next().is_none())
     }
 
     /// What was left here for the image with this content ID, in the order in which it happened.
@@ -187,7 +205,33 @@ impl Ledger {
 
     /// Takes a promise back.
     pub(crate) fn unclaim(&self, count: u64) {
-        self.load.fetch_sub(count, Ordering::AcqRel);
+        self.load.fetch_sub(count, Ordering::SeqCst);
+        self.wake();
+    }
+
+    /// Waits until a flush makes room: while there are promises only, there is nothing for it to do.
+    pub(crate) async fn wait_for_records(&self) {
+        until(&self.waiting, |list| {
+            // Before the look: who changes what is seen here then knows that it is awaited.
+            self.is_awaited.store(true, Ordering::SeqCst);
+            match self.records_there() || self.load.load(Ordering::SeqCst) == 0 {
+                true => Ok(()),
+                false => Err(list),
+            }
+        })
+        .await;
+    }
+
+    fn records_there(&self) -> bool {
+        (0..2).any(|half| self.count(half).0 > 0)
+    }
+
+    /// Under an extent's lock too: a waker only queues its task.
+    fn wake(&self) {
+        if self.is_awaited.swap(false, Ordering::SeqCst) {
+            let wakers = locked(&self.waiting).take();
+            wake(wakers);
+        }
     }
 
     /// Records for which a promise can be had at all.
@@ -200,7 +244,7 @@ impl Ledger {
     fn note(&self, record: Record) {
         let half = self.active();
         let Some(count) = self.word(COUNT_AT + half) else { return };
-        let before = count.fetch_add(1, Ordering::AcqRel);
+        let before = count.fetch_add(1, Ordering::SeqCst);
         let Some(n) = usize::try_from(before & u64::from(u32::MAX)).ok().filter(|n| *n < RECORDS) else {
             // Not promised, which nobody does.
             tracing::error!("the ledger is full");
@@ -213,6 +257,7 @@ impl Ledger {
         let at = HEAD + half * HALF + n * RECORD;
         self.set(at, kind | (record.extent as u64) << EXTENT_SHIFT | number);
         self.set(at + 1, before >> 32 << 32 | u64::from(sector));
+        self.wake();
     }
 
     /// A flush is about to be planned, by one task at a time.

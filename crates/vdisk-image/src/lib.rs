@@ -55,6 +55,7 @@ pub use file_io::{FileId, FileIo, Files, Stored};
 pub use info::{ExtentInfo, Format, Info};
 pub use ledger::{LEDGER_WORDS, LedgerMemory};
 pub use open::{NO_CONTENT_ID, OpenOptions};
+pub use recover::{TakenOver, is_ledger_empty};
 pub use request::{Flags, Geometry, Op, Request};
 pub use span::{Run, RunKind, Span};
 pub use vmdk_parse::{Access, ContentId, ExtentKind};

@@ -222,7 +222,7 @@ impl<'a, F: Files> Opening<'a, F> {
             self.link.info.clean = false;
         }
         if header.version > 2 && !read_only && self.options.drop_change_tracking {
-            header.version = 1;
+            header.version = if header.flags.zeroed_grain() { 2 } else { 1 };
             let bytes = header.version.to_le_bytes().to_vec();
             self.link.first_steps.push(Step::Write { file, offset: VERSION_AT, bytes });
         }
@@ -319,7 +319,8 @@ impl<'a, F: Files> Opening<'a, F> {
             }
         }
         let id = ContentId(self.options.new_content_id & (u32::MAX >> (32 - 4 * digits.clamp(1, 8))));
-        self.link.new_content_id = Some(id);
+        // Fewer digits than most CIDs have would be a poor proof of identity.
+        self.link.new_content_id = (digits >= 6).then_some(id);
         let mut put = |place: Range<usize>, text: String| {
             self.link.first_steps.push(Step::Write { file, offset: at + place.start as u64, bytes: text.into_bytes() });
         };

@@ -70,6 +70,8 @@ pub struct Memory {
     pub fail_call: Cell<Option<(u64, i32)>>,
     /// From the call with this number on, nothing succeeds any more: the process was killed or the power is off.
     pub dead_from_call: Cell<u64>,
+    /// Calls of the dead never end, as if there were nobody to see it, instead of failing.
+    pub dead_hangs: Cell<bool>,
     /// Hole punching and zeroing are [`io::ErrorKind::Unsupported`].
     pub cannot_punch: Cell<bool>,
     /// The host is full: no sector of zeroes takes data, but those that were reserved.
@@ -98,6 +100,7 @@ impl Memory {
             syncs: Cell::new(0),
             fail_call: Cell::new(None),
             dead_from_call: Cell::new(u64::MAX),
+            dead_hangs: Cell::new(false),
             cannot_punch: Cell::new(false),
             full: Cell::new(false),
             cannot_reserve: Cell::new(false),
@@ -156,6 +159,9 @@ impl Memory {
         let n = self.calls.get();
         self.calls.set(n + 1);
         if n >= self.dead_from_call.get() {
+            if self.dead_hangs.get() {
+                std::future::pending::<()>().await;
+            }
             return Err(io::Error::from_raw_os_error(5));
         }
         match self.fail_call.get() {

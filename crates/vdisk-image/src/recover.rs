@@ -6,13 +6,27 @@ use crate::disk::Disk;
 use crate::error::DiskError;
 use crate::file_io::FileIo;
 use crate::image::Layout;
-use crate::ledger::{Ledger, LedgerMemory, LedgerOf, Record, What};
+use crate::ledger::{EXTENTS, Ledger, LedgerMemory, LedgerOf, Record, What};
 use crate::sparse::{Lookup, MetaRef, Sparse};
 use crate::table::{PAGE_ENTRIES, TableCopy};
 use crate::wait::locked;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use vmdk_parse::{Access, SECTOR_SIZE};
+
+/// What [`Disk::keep_ledger`] found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TakenOver {
+    /// Grains that the image has now, and had not before.
+    pub grains: u64,
+    /// There were grains that do not fit the image any more: it was closed or changed by somebody who did not know of them.
+    pub others: bool,
+}
+
+/// Whether a ledger has grains that are not in an image, of whatever image.
+pub fn is_ledger_empty(memory: Arc<dyn LedgerMemory>) -> bool {
+    Ledger::new(memory).is_empty()
+}
 
 impl Disk {
     /// Grains that a process which died has left in a ledger for this image: they are not in the image, and what it shows is as
@@ -32,27 +46,32 @@ impl Disk {
     /// Whether [`Disk::keep_ledger`] would keep one. An image that is only read, or has neither tables nor a content ID to be known
     /// by, has no use for it.
     pub fn needs_ledger(&self) -> bool {
-        let has_tables = self.chain.top.writable_sparse().next().is_some();
-        has_tables && self.new_content_id.is_some() && !self.geometry.read_only
+        let tables = self.chain.top.writable_sparse().count();
+        (1..EXTENTS).contains(&tables) && self.new_content_id.is_some() && !self.geometry.read_only
     }
 
     /// Takes over what is left in a ledger for this image, durably, and keeps the ledger from now on: a write that was acknowledged
-    /// survives the death of this process. Answers how many grains were taken over. Nothing was served yet.
+    /// survives the death of this process. Nothing was served yet.
     ///
     /// # Errors
     ///
-    /// As of a write and a flush; the ledger then still has everything.
-    pub async fn keep_ledger<I: FileIo>(&mut self, io: &I, memory: Arc<dyn LedgerMemory>) -> Result<u64, DiskError> {
-        let Some(id) = self.new_content_id.filter(|_| self.needs_ledger()) else { return Ok(0) };
+    /// As of a write and a flush; the ledger then still has everything, unless it was a sync that failed.
+    pub async fn keep_ledger<I: FileIo>(
+        &mut self,
+        io: &I,
+        memory: Arc<dyn LedgerMemory>,
+    ) -> Result<TakenOver, DiskError> {
+        let Some(id) = self.new_content_id.filter(|_| self.needs_ledger()) else { return Ok(TakenOver::default()) };
         let ledger = Ledger::new(memory);
         let left = self.left(&ledger);
-        let mut grains = 0;
-        if !left.is_empty() {
+        let mut taken = TakenOver { grains: 0, others: left.is_empty() && !ledger.is_empty() };
+        if let (Some(now), false) = (self.info.content_id, left.is_empty()) {
+            self.check_data(io, &ledger).await?;
             // The first change gives the image another content ID, and this process may die as well.
-            ledger.allow(id);
+            ledger.allow(now, id);
             self.begin_change(io).await?;
             for record in left {
-                grains += u64::from(self.take_over(io, record).await?);
+                taken.grains += u64::from(self.take_over(io, record).await?);
             }
             self.flush(io).await?;
         }
@@ -62,7 +81,20 @@ impl Disk {
             sparse.ledger = Some(LedgerOf { ledger: Arc::clone(&ledger), extent });
         }
         self.ledger = Some(ledger);
-        Ok(grains)
+        Ok(taken)
+    }
+
+    /// The data that a ledger names is in the host's page cache, or on its way from there. If it was lost on that way, the host says
+    /// so once.
+    async fn check_data<I: FileIo>(&self, io: &I, ledger: &Ledger) -> Result<(), DiskError> {
+        for extent in self.chain.top.writable_sparse() {
+            if let Err(e) = io.sync_data(extent.file).await {
+                ledger.void();
+                let what = format!("sync {}: what was not flushed when its server was killed is lost", extent.name);
+                return Err(DiskError::host(what, e));
+            }
+        }
+        Ok(())
     }
 
     /// Has [`Disk::close`] mark an image clean that nobody has closed, and makes its tables and their copies the same, although
@@ -78,6 +110,7 @@ impl Disk {
     /// Whether the record was of a grain that the image did not have.
     async fn take_over<I: FileIo>(&self, io: &I, record: Record) -> Result<bool, DiskError> {
         let Some(extent) = self.chain.top.writable_sparse().nth(record.extent) else { return Ok(false) };
+        self.mark_dirty(extent.file);
         match record.what {
             What::Table { table, sector } => {
                 while extent.page(table).is_none() {
@@ -132,7 +165,9 @@ impl Sparse {
         };
         let entry = usize::try_from(grain % self.gtes).unwrap_or(0);
         let now = self.coding.grain(table.entry(entry).unwrap_or(0));
-        if table.copy == TableCopy::Broken || now == Ok(Entry::At(at)) || !self.lies_in_file(at, SECTOR_SIZE) {
+        // A grain that has a place got it by the same change, or by somebody who did not know of the ledger.
+        let is_free = matches!(now, Ok(Entry::Absent | Entry::Zeroed));
+        if table.copy == TableCopy::Broken || !is_free || !self.lies_in_file(at, self.grain) {
             return Ok(false);
         }
         if table.set(entry, sector_number(at)) {

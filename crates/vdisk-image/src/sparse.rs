@@ -195,6 +195,11 @@ impl Sparse {
         }
     }
 
+    /// Whether tables may differ from their copies, because the extent was not closed.
+    pub(crate) fn is_to_be_compared(&self) -> bool {
+        self.unclean && self.rgd_at.is_some()
+    }
+
     /// Whether the grains are records of a stream.
     pub(crate) fn is_compressed(&self) -> bool {
         self.stream.is_some()

@@ -128,8 +128,9 @@ impl<'a> Used<'a> {
         for (n, at) in extent.places(bytes) {
             let what = match self.tables.overlaps(at, extent.grain) {
                 true => "where a grain table is",
-                // What the file does not reach is neither read nor written nor given out.
-                false if extent.is_missing(at, 1) || self.grains.insert(at) => continue,
+                // Once the file has grown over it, what is missing would be zeroes, and nobody would know.
+                false if extent.is_missing(at, 1) => "past the end of the file, which was cut off",
+                false if self.grains.insert(at) => continue,
                 false => "which overlaps the grain of another entry",
             };
             let (table, entry) = (run.first + n / extent.gtes, n % extent.gtes);

@@ -106,7 +106,12 @@ impl Disk {
             }
             Obstacle::Grow(extent) => self.grow(io, extent).await,
             Obstacle::Reserve(extent, room) => self.reserve(io, extent, &room).await,
-            Obstacle::Flush => self.flush(io).await,
+            Obstacle::Flush => {
+                if let Some(ledger) = &self.ledger {
+                    ledger.wait_for_records().await;
+                }
+                self.flush(io).await
+            }
         }
     }
 

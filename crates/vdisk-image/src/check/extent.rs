@@ -33,6 +33,8 @@ struct Check<'a, I, W> {
     copy: Option<u64>,
     /// Where the tables and their copies are.
     tables: PlaceSet,
+    /// The tables that were looked at.
+    seen: PlaceSet,
     /// Bytes of tables that lie where grains are.
     among_grains: u64,
     /// Where the grains are; of a stream, where their records begin.
@@ -69,7 +71,8 @@ impl Disk {
         let file_len = extent.file_len.load(Ordering::Acquire);
         let directory = extent.directory_bytes();
         let copy = extent.copy_gd.filter(|at| at.checked_add(directory).is_some_and(|end| end <= file_len));
-        let (tables, grains) = (PlaceSet::new(extent.table_bytes()), PlaceSet::new(extent.place_bytes()));
+        let (tables, seen) = (PlaceSet::new(extent.table_bytes()), PlaceSet::new(extent.table_bytes()));
+        let grains = PlaceSet::new(extent.place_bytes());
         let (among_grains, grain_count, end) = (0, 0, 0);
         let mut check = Check {
             disk: self,
@@ -79,6 +82,7 @@ impl Disk {
             file_len,
             copy,
             tables,
+            seen,
             among_grains,
             grains,
             grain_count,
@@ -223,6 +227,8 @@ impl<I: FileIo, W: CheckWatch> Check<'_, I, W> {
             let bytes = self.extent.table_bytes();
             let follows =
                 |a: &TablePlace, b: &TablePlace| a.at + bytes == b.at && a.copy_at.map(|at| at + bytes) == b.copy_at;
+            // A table that many entries name is one fault for each of them, and read once.
+            let places: Vec<TablePlace> = places.into_iter().filter(|place| self.seen.insert(place.at)).collect();
             for run in places.chunk_by(follows) {
                 for run in run.chunks(size((PIECE / bytes).max(1))) {
                     self.table_run(run).await?;
@@ -299,10 +305,11 @@ impl<I: FileIo, W: CheckWatch> Check<'_, I, W> {
             let detail = format!("{}, where no grain of {} sectors begins", what(at), len / SECTOR_SIZE);
             self.fault(FaultKind::EntryMisaligned, offset, detail);
         }
-        match self.grains.insert(at) {
-            true => self.grain_count += 1,
-            false => self.fault(FaultKind::EntryUsedTwice, offset, format!("{}, as another entry does", what(at))),
+        if !self.grains.insert(at) {
+            self.fault(FaultKind::EntryUsedTwice, offset, format!("{}, as another entry does", what(at)));
+            return Ok(());
         }
+        self.grain_count += 1;
         self.end = self.end.max(at + len);
         if self.extent.is_compressed() {
             let grain = place.index * self.extent.gtes + entry;

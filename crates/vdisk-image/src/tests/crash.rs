@@ -5,14 +5,15 @@
 
 use super::check::check;
 use super::fixtures::{
-    DISK, SHAPES, Shape, content, faults, flush, image, open, read, request, run, run_all, sector, write,
+    DISK, OPTIONS, SHAPES, Shape, content, faults, flush, image, open_with, read, request, run, run_all, sector,
+    try_run, write,
 };
 use crate::memory::{Memory, Random};
-use crate::{Disk, DiskError, Fault, FaultKind, LEDGER_WORDS, LedgerMemory, Op};
+use crate::{Disk, DiskError, Fault, FaultKind, FileId, LEDGER_WORDS, LedgerMemory, Op, OpenOptions};
 use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::sync::atomic::AtomicU64;
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 const TASKS: u64 = 4;
 const SECTORS: usize = (DISK / 512) as usize;
@@ -86,10 +87,16 @@ fn survivor() -> Arc<dyn LedgerMemory> {
     Arc::new(Survivor((0..LEDGER_WORDS).map(|_| AtomicU64::new(0)).collect()))
 }
 
-/// Opens the image, and takes over what `ledger` has left of it.
 fn open_with_ledger(memory: &Memory, ledger: &Arc<dyn LedgerMemory>) -> Result<Disk, DiskError> {
-    let mut disk = open(memory)?;
-    run(disk.keep_ledger(memory, Arc::clone(ledger)))?;
+    run(opening(memory, ledger))
+}
+
+/// Opens the image, and takes over what `ledger` has left of it. Each process gives another content ID.
+async fn opening(memory: &Memory, ledger: &Arc<dyn LedgerMemory>) -> Result<Disk, DiskError> {
+    static NEXT: AtomicU32 = AtomicU32::new(0x1234_5678);
+    let new_content_id = NEXT.fetch_add(1, Ordering::Relaxed);
+    let mut disk = Disk::open(memory, FileId(0), &OpenOptions { new_content_id, ..OPTIONS }).await?;
+    disk.keep_ledger(memory, Arc::clone(ledger)).await?;
     Ok(disk)
 }
 
@@ -103,10 +110,15 @@ fn case(shape: Shape, seed: u64, end: End) {
     for (h, before) in all.borrow_mut().iter_mut().zip(content(shape).chunks(512)) {
         h.values.push(before.iter().take(8).rev().fold(0, |value, byte| value << 8 | u64::from(*byte)));
     }
-    run_all(
-        (0..TASKS)
-            .map(|t| work(t, Rc::clone(&disk), Rc::clone(&memory), Rc::clone(&all), Random::new(seed ^ (t + 1) << 40))),
-    );
+    let tasks = (0..TASKS)
+        .map(|t| work(t, Rc::clone(&disk), Rc::clone(&memory), Rc::clone(&all), Random::new(seed ^ (t + 1) << 40)));
+    match end {
+        End::PowerCut => run_all(tasks),
+        End::Kill => {
+            memory.dead_hangs.set(true);
+            try_run(futures_util::future::join_all(tasks));
+        }
+    }
     let files = match end {
         End::PowerCut => memory.after_power_cut(&random),
         // What was acknowledged is there, flushed or not.
@@ -155,10 +167,12 @@ fn killed_while_recovering(
     random: &Random,
 ) -> Vec<(String, Vec<u8>)> {
     for _ in 0..random.below(3) {
-        let memory = Memory::new(files, random.below(1 << 30));
+        let memory = Rc::new(Memory::new(files, random.below(1 << 30)));
         memory.dead_from_call.set(random.below(60));
+        memory.dead_hangs.set(true);
+        let (process, its) = (Rc::clone(&memory), Arc::clone(ledger));
         // It may as well get through.
-        let _ = open_with_ledger(&memory, ledger);
+        try_run(async move { opening(&process, &its).await.map(drop) });
         files = memory.files();
     }
     files
@@ -181,5 +195,75 @@ fn cases(end: End) {
     }
     for seed in 0..number("VDISK_CRASH_CASES").unwrap_or(1000) / SHAPES.len() as u64 {
         SHAPES.into_iter().for_each(|shape| case(shape, seed, end));
+    }
+}
+
+/// An image whose grains are not flushed, and its ledger.
+fn killed(shape: Shape) -> (Memory, Arc<dyn LedgerMemory>) {
+    let (memory, ledger) = (Memory::new(image(shape), 1), survivor());
+    let disk = open_with_ledger(&memory, &ledger).unwrap();
+    run(async {
+        write(&disk, &memory, 0, &[1; 4096]).await.unwrap();
+        flush(&disk, &memory).await.unwrap();
+        write(&disk, &memory, 1 << 20, &[2; 4096]).await.unwrap();
+    });
+    (Memory::new(memory.files(), 1), ledger)
+}
+
+#[test]
+fn a_ledger_is_not_believed_after_a_sync_that_failed() {
+    let (memory, ledger) = (Memory::new(image(Shape::Sparse), 1), survivor());
+    let disk = open_with_ledger(&memory, &ledger).unwrap();
+    run(async {
+        write(&disk, &memory, 0, &[1; 4096]).await.unwrap();
+        memory.fail_call.set(Some((memory.calls(), 5)));
+        flush(&disk, &memory).await.unwrap_err();
+    });
+    let again = open_with(&Memory::new(memory.files(), 1), &OPTIONS).unwrap();
+    assert_eq!(again.left_in(Arc::clone(&ledger)), 0);
+    // Nor one whose data the host says to have lost, when it is to be taken over.
+    let (memory, ledger) = killed(Shape::Sparse);
+    memory.fail_call.set(Some((2, 5)));
+    let calls = (0..20).find(|n| {
+        memory.fail_call.set(Some((memory.calls() + n, 5)));
+        open_with_ledger(&memory, &ledger).is_err_and(|e| e.to_string().contains("is lost"))
+    });
+    assert!(calls.is_some());
+    assert_eq!(open_with(&memory, &OPTIONS).unwrap().left_in(ledger), 0);
+}
+
+#[test]
+fn a_ledger_does_not_count_for_an_image_that_somebody_else_has_changed() {
+    let (memory, ledger) = killed(Shape::Sparse);
+    assert_eq!(open_with(&memory, &OPTIONS).unwrap().left_in(Arc::clone(&ledger)), 1);
+    // Without the ledger: as any other program.
+    let other = open_with(&memory, &OpenOptions { new_content_id: 77, ..OPTIONS }).unwrap();
+    run(async {
+        write(&other, &memory, 3 << 20, &[3; 512]).await.unwrap();
+        other.close(&memory).await.unwrap();
+    });
+    let mut disk = open_with(&memory, &OPTIONS).unwrap();
+    let taken = run(disk.keep_ledger(&memory, ledger)).unwrap();
+    assert_eq!((taken.grains, taken.others), (0, true));
+    assert_eq!(run(read(&disk, &memory, 1 << 20, 512)).unwrap(), [0; 512]);
+}
+
+/// Promises that fill the ledger are no work for a flush: who waits for them must let them go on.
+#[test]
+fn a_writer_that_finds_the_ledger_promised_to_others_waits_for_them() {
+    for shape in [Shape::Cowd(1), Shape::Sparse] {
+        let memory = Rc::new(Memory::new(image(shape), 3));
+        let disk = Rc::new(open_with_ledger(&memory, &survivor()).unwrap());
+        run(async {
+            write(&disk, &memory, 0, &[1; 512]).await.unwrap();
+            flush(&disk, &memory).await.unwrap();
+        });
+        run_all((0..12).map(|n| {
+            let (disk, memory) = (Rc::clone(&disk), Rc::clone(&memory));
+            async move {
+                let len = if shape == Shape::Sparse { 128 << 10 } else { 16 << 10 };
+                write(&disk, &memory, 65536 + n * len, &vec![n as u8; len as usize]).await.unwrap();
+            }
+        }));
     }
 }

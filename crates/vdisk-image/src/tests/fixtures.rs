@@ -213,6 +213,17 @@ pub(crate) fn content(shape: Shape) -> Vec<u8> {
     bytes
 }
 
+/// Runs a task that may never end; its answer if it does.
+pub(crate) fn try_run<T: 'static>(future: impl Future<Output = T> + 'static) -> Option<T> {
+    let mut pool = LocalPool::new();
+    let answer = Rc::new(RefCell::new(None));
+    let place = Rc::clone(&answer);
+    pool.spawner().spawn_local(async move { *place.borrow_mut() = Some(future.await) }).unwrap();
+    pool.run_until_stalled();
+    let answer = answer.borrow_mut().take();
+    answer
+}
+
 /// Runs tasks on one thread until all are done. A task that nobody wakes fails the test instead of hanging it.
 pub(crate) fn run_all<F: Future<Output = ()> + 'static>(tasks: impl IntoIterator<Item = F>) {
     let mut pool = LocalPool::new();
