@@ -220,8 +220,7 @@ pub(crate) fn try_run<T: 'static>(future: impl Future<Output = T> + 'static) -> 
     let place = Rc::clone(&answer);
     pool.spawner().spawn_local(async move { *place.borrow_mut() = Some(future.await) }).unwrap();
     pool.run_until_stalled();
-    let answer = answer.borrow_mut().take();
-    answer
+    answer.take()
 }
 
 /// Runs tasks on one thread until all are done. A task that nobody wakes fails the test instead of hanging it.
