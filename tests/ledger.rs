@@ -69,6 +69,12 @@ fn an_overlay_of_a_raw_image_is_recovered_with_its_base() {
         killed --format raw --overlay over.vmdk base.raw
         if "$vdisk" recover over.vmdk 2>why; then false; fi
         "$vdisk" recover --overlay over.vmdk base.raw | grep -q 'took over'
+        "$vdisk" info over.vmdk 2>&1 | grep -q 'has to be named: --overlay'
+        "$vdisk" check over.vmdk 2>/dev/null | grep -q 'no errors found'
+        "$vdisk" check --overlay over.vmdk base.raw | grep -q 'no errors found'
+        "$vdisk" map --overlay over.vmdk base.raw | grep -q 'over.vmdk'
+        if "$vdisk" map over.vmdk 2>why; then false; fi
+        grep -q 'has to be named: --overlay' why
         serving_over() { nbdcopy "$uri" seen; cmp data seen; }
         options='--format raw --overlay over.vmdk' serving base.raw serving_over
         "#,

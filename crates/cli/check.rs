@@ -1,14 +1,12 @@
 //! `vdisk check`: what contradicts the format in an image.
 
-use std::path::PathBuf;
-
 use serde::Serialize;
 use vdisk_image::{CheckWatch, Fault, Format, Leaks};
 use vdisk_io::{BlockingIo, block_on};
 
 use crate::failure::{Failure, Result, one_line};
 use crate::open::Opened;
-use crate::options::FormatChoice;
+use crate::options::LookOptions;
 use crate::progress::Progress;
 use crate::size;
 
@@ -22,17 +20,11 @@ const LISTED: usize = 1000;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  vdisk check --json disk.vmdk | jq -r '.errors[] | .kind' | sort | uniq -c")]
 pub(crate) struct Args {
-    /// The image
-    pub(crate) image: PathBuf,
+    #[command(flatten)]
+    pub(crate) image: LookOptions,
     /// One JSON document
     #[arg(long)]
     json: bool,
-    /// What the image is, if its first bytes do not tell
-    #[arg(long, value_enum, default_value_t = FormatChoice::Auto)]
-    format: FormatChoice,
-    /// Follow extent and parent names that leave the image's directory
-    #[arg(long)]
-    trust_paths: bool,
 }
 
 /// What was found, as it is printed.
@@ -89,7 +81,7 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     crate::logging::to_stderr(verbose);
     let mut watch = Watch { errors: Vec::new(), notes: Vec::new(), more: 0, bar: Progress::new() };
     let mut raw = false;
-    let leaks = match Opened::open_to_check(&args.image, args.format, args.trust_paths)? {
+    let leaks = match Opened::open_to_check(&args.image)? {
         Ok(image) => {
             raw = image.disk.info().format == Format::Raw;
             let io = BlockingIo::new(image.files.clone());

@@ -1,13 +1,11 @@
 //! `vdisk info`: what an image is.
 
-use std::path::PathBuf;
-
 use serde::Serialize;
 use vdisk_image::{Format, Info};
 
 use crate::failure::{Failure, Result};
 use crate::open::Opened;
-use crate::options::FormatChoice;
+use crate::options::LookOptions;
 use crate::size;
 use crate::table::Table;
 
@@ -15,17 +13,11 @@ use crate::table::Table;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  vdisk info --json disk.vmdk | jq .size")]
 pub(crate) struct Args {
-    /// The image
-    pub(crate) image: PathBuf,
+    #[command(flatten)]
+    pub(crate) image: LookOptions,
     /// One JSON document, sizes in bytes
     #[arg(long)]
     json: bool,
-    /// What the image is, if its first bytes do not tell
-    #[arg(long, value_enum, default_value_t = FormatChoice::Auto)]
-    format: FormatChoice,
-    /// Follow extent and parent names that leave the image's directory
-    #[arg(long)]
-    trust_paths: bool,
 }
 
 #[derive(Serialize)]
@@ -55,7 +47,7 @@ struct Extent {
 
 pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     crate::logging::to_stderr(verbose);
-    let image = Opened::open_to_look(&args.image, args.format, args.trust_paths, true)?;
+    let image = Opened::open_to_look(&args.image, true)?;
     let allocated = image.files.host_space_used().map_err(|e| Failure::doing("host space used", &e))?;
     let info = image.disk.info();
     let report = Report::new(info, allocated);

@@ -83,12 +83,16 @@ fn main() -> ExitCode {
         Verb::Serve(args) => {
             serve::run(args, cli.verbose).map_err(|e| (format!("serve {}", args.image.image.display()), e))
         }
-        Verb::Info(args) => info::run(args, cli.verbose).map_err(|e| (format!("info {}", args.image.display()), e)),
+        Verb::Info(args) => {
+            info::run(args, cli.verbose).map_err(|e| (format!("info {}", args.image.image.display()), e))
+        }
         Verb::Recover(args) => {
             recover::run(args, cli.verbose).map_err(|e| (format!("recover {}", args.image.display()), e))
         }
-        Verb::Check(args) => check::run(args, cli.verbose).map_err(|e| (format!("check {}", args.image.display()), e)),
-        Verb::Map(args) => map::run(args, cli.verbose).map_err(|e| (format!("map {}", args.image.display()), e)),
+        Verb::Check(args) => {
+            check::run(args, cli.verbose).map_err(|e| (format!("check {}", args.image.image.display()), e))
+        }
+        Verb::Map(args) => map::run(args, cli.verbose).map_err(|e| (format!("map {}", args.image.image.display()), e)),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

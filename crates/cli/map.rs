@@ -1,15 +1,13 @@
 //! `vdisk map`: where the parts of the disk are.
 
-use std::io::{self, BufWriter, Write};
-use std::path::PathBuf;
-
 use serde::Serialize;
+use std::io::{self, BufWriter, Write};
 use vdisk_image::{FileId, Run, RunKind};
 use vdisk_io::{BlockingIo, block_on};
 
 use crate::failure::{Failure, Result, one_line};
 use crate::open::Opened;
-use crate::options::FormatChoice;
+use crate::options::LookOptions;
 use crate::table;
 
 /// Show which parts of the disk are data, zeroes or a hole, and where they are
@@ -19,17 +17,11 @@ use crate::table;
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  vdisk map --json disk.vmdk | jq '[.[] | select(.data) | .length] | add'")]
 pub(crate) struct Args {
-    /// The image
-    pub(crate) image: PathBuf,
+    #[command(flatten)]
+    pub(crate) image: LookOptions,
     /// One JSON document, as qemu-img map --output=json has it, with the names of the files
     #[arg(long)]
     json: bool,
-    /// What the image is, if its first bytes do not tell
-    #[arg(long, value_enum, default_value_t = FormatChoice::Auto)]
-    format: FormatChoice,
-    /// Follow extent and parent names that leave the image's directory
-    #[arg(long)]
-    trust_paths: bool,
 }
 
 /// A run as it is printed. The fields mean what they mean in qemu-img.
@@ -53,7 +45,7 @@ struct Entry<'a> {
 
 pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     crate::logging::to_stderr(verbose);
-    let image = Opened::open_to_look(&args.image, args.format, args.trust_paths, false)?;
+    let image = Opened::open_to_look(&args.image, false)?;
     let io = BlockingIo::new(image.files.clone());
     let size = image.geometry().size;
     let names: Vec<String> = image.files.iter().map(|(_, file)| file.path().display().to_string()).collect();

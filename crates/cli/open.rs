@@ -10,7 +10,7 @@ use vdisk_io::{BlockingIo, FileSet, HostFiles, OpenMode, block_on};
 
 use crate::failure::{Failure, Result, chain};
 use crate::location::Location;
-use crate::options::{DirectIo, FormatChoice, ImageOptions, Zeroout};
+use crate::options::{DirectIo, FormatChoice, ImageOptions, LookOptions, Zeroout};
 use crate::overlay::{self, Overlay};
 
 /// An image that is open and locked.
@@ -76,18 +76,14 @@ impl Opened {
     }
 
     /// Opens an image to say what it is, and passes its notices on. To `examine` is to go on without a parent that is not there.
-    pub(crate) fn open_to_look(
-        path: &Path,
-        format: FormatChoice,
-        trust_paths: bool,
-        examine: bool,
-    ) -> Result<Self, OpenFailure> {
+    pub(crate) fn open_to_look(options: &LookOptions, examine: bool) -> Result<Self, OpenFailure> {
         // Unlocked: also of an image that is attached.
-        let mode = OpenMode { writable: false, trust_paths, unlocked: true, ..OpenMode::default() };
-        let opened = Self::open_with(&Location::of(path), mode, &to_read(format, examine))?;
-        // Of a server that lives, it is not left.
-        let locked = OpenMode { unlocked: false, ..mode };
-        let is_free = Location::of(path).open(locked).is_ok();
+        let mode =
+            OpenMode { writable: false, trust_paths: options.trust_paths, unlocked: true, ..OpenMode::default() };
+        let opened = Self::look(options, mode, examine)??;
+        // Of a server that lives, nothing is left.
+        let changed = options.overlay.as_ref().unwrap_or(&options.image);
+        let is_free = Location::of(changed).open(OpenMode { unlocked: false, ..mode }).is_ok();
         let left = opened.left_behind().filter(|_| is_free);
         for notice in opened.disk.info().notices.iter().chain(&left) {
             crate::notice(notice);
@@ -96,28 +92,43 @@ impl Opened {
     }
 
     /// Opens an image to check it, or says what is so wrong that it cannot be.
-    pub(crate) fn open_to_check(
-        path: &Path,
-        format: FormatChoice,
-        trust_paths: bool,
-    ) -> Result<Result<Self, Fault>, OpenFailure> {
-        let mode = OpenMode { writable: false, trust_paths, ..OpenMode::default() };
-        let (files, id) = Location::of(path).open(mode).map_err(|e| OpenFailure::host(path, e))?;
-        match block_on(Disk::open(&files, id, &to_read(format, true))) {
-            Ok(disk) => {
-                let opened = Self { files: files.into_set(), disk: Arc::new(disk), ledger: None };
+    pub(crate) fn open_to_check(options: &LookOptions) -> Result<Result<Self, Fault>, OpenFailure> {
+        let mode = OpenMode { writable: false, trust_paths: options.trust_paths, ..OpenMode::default() };
+        match Self::look(options, mode, true)? {
+            Ok(opened) => {
                 opened.left_behind().iter().for_each(|notice| crate::notice(notice));
                 Ok(Ok(opened))
             }
-            Err(e) if e.kind() == ErrorKind::Corrupt => Ok(Err(Fault::unreadable(&path.display().to_string(), &e))),
-            Err(e) => Err(OpenFailure::disk(path, &e)),
+            Err(Unopened(e, path)) if e.kind() == ErrorKind::Corrupt => {
+                Ok(Err(Fault::unreadable(&path.display().to_string(), &e)))
+            }
+            Err(unopened) => Err(unopened.into()),
         }
+    }
+
+    fn look(options: &LookOptions, mode: OpenMode, examine: bool) -> Result<Result<Self, Unopened>, OpenFailure> {
+        let image = Location::of(&options.image);
+        let how = to_read(options.format, examine);
+        let Some(overlay) = &options.overlay else {
+            let (files, id) = image.open(mode).map_err(|e| OpenFailure::host(image.path(), e))?;
+            let disk = block_on(Disk::open(&files, id, &how));
+            return Ok(Self::of(files, disk).map_err(|e| Unopened(e, options.image.clone())));
+        };
+        let name = overlay::hint(overlay, &image).map_err(|e| OpenFailure::host(image.path(), e))?;
+        let (files, id) = HostFiles::open(overlay, mode).map_err(|e| OpenFailure::host(Path::new(""), e))?;
+        let base = image.open_as_base(&files).map_err(|e| OpenFailure::host(image.path(), e))?;
+        let disk = block_on(Disk::open_overlay(&files, id, base, &name, &how));
+        Ok(Self::of(files, disk).map_err(|e| Unopened(e, overlay.clone())))
+    }
+
+    fn of(files: HostFiles, disk: Result<Disk, DiskError>) -> Result<Self, DiskError> {
+        Ok(Self { disk: Arc::new(disk?), files: files.into_set(), ledger: None })
     }
 
     pub(crate) fn open_with(image: &Location, mode: OpenMode, options: &OpenOptions) -> Result<Self, OpenFailure> {
         let (files, id) = image.open(mode).map_err(|e| OpenFailure::host(image.path(), e))?;
-        let disk = block_on(Disk::open(&files, id, options)).map_err(|e| OpenFailure::disk(image.path(), &e))?;
-        Ok(Self { files: files.into_set(), disk: Arc::new(disk), ledger: None })
+        let disk = block_on(Disk::open(&files, id, options));
+        Self::of(files, disk).map_err(|e| OpenFailure::disk(image.path(), &e))
     }
 
     /// Opens an image that is only read under an overlay that is open.
@@ -129,8 +140,7 @@ impl Opened {
     ) -> Result<Self, OpenFailure> {
         let base = image.open_as_base(&files).map_err(|e| OpenFailure::host(image.path(), e))?;
         let disk = block_on(Disk::open_overlay(&files, overlay, base, name, options));
-        let disk = disk.map_err(|e| OpenFailure::disk(image.path(), &e))?;
-        Ok(Self { files: files.into_set(), disk: Arc::new(disk), ledger: None })
+        Self::of(files, disk).map_err(|e| OpenFailure::disk(image.path(), &e))
     }
 
     /// What a new overlay has to know of its base.
@@ -179,6 +189,15 @@ pub(crate) fn real_path(options: &ImageOptions) -> Result<PathBuf> {
         Ok(fs::canonicalize(above)?.join(overlay.file_name().unwrap_or_default()))
     });
     real.map_err(|e| OpenFailure::host(overlay, e).hinted())
+}
+
+/// Why a file is no image that can be served.
+struct Unopened(DiskError, PathBuf);
+
+impl From<Unopened> for OpenFailure {
+    fn from(Unopened(e, path): Unopened) -> Self {
+        Self::disk(&path, &e)
+    }
 }
 
 /// An image that is not served: what is there is shown, whether the parents fit or not.

@@ -58,6 +58,22 @@ impl ImageOptions {
     }
 }
 
+/// Which image to look at, and how.
+#[derive(Debug, clap::Args)]
+pub(crate) struct LookOptions {
+    /// The image: a VMDK, a raw disk, or an appliance (`box.ova`, `box.ova:disk1.vmdk`)
+    pub(crate) image: PathBuf,
+    /// Look at this overlay of the image. Only one of a raw image or of an appliance does not find it by itself
+    #[arg(long, value_name = "FILE")]
+    pub(crate) overlay: Option<PathBuf>,
+    /// What the image is, if its first bytes do not tell
+    #[arg(long, value_enum, value_name = "FORMAT", default_value_t = FormatChoice::Auto)]
+    pub(crate) format: FormatChoice,
+    /// Follow extent and parent names that leave the image's directory
+    #[arg(long)]
+    pub(crate) trust_paths: bool,
+}
+
 /// `--format`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum FormatChoice {

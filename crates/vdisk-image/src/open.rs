@@ -91,12 +91,12 @@ impl Disk {
                 return Err(DiskError::new(ErrorKind::Unsupported, what));
             }
             let given = base.filter(|_| parents.is_empty());
-            let (file, mut link) = match parent.open(files, options, child, given, &mut so_far).await {
+            let opened = parent.open(files, options, child, given, &mut so_far).await;
+            let (file, mut link) = match opened.map_err(|e| parent.explain(e)) {
                 Err(e) if options.examine => {
                     let fault = Fault::unreadable(&files.name(child), &e);
                     top.info.notices.push(format!("{}: without its parent: {}", fault.file, fault.detail));
-                    // An overlay of what is no VMDK needs its base given, and is not wrong for that.
-                    if parent.content_id != NO_CONTENT_ID {
+                    if !parent.has_to_be_given() {
                         top.faults.push(Fault { kind: FaultKind::Parent, ..fault });
                     }
                     break;
@@ -159,6 +159,21 @@ impl Parent {
         // A parent that an image names is never probed: a raw disk could look like anything.
         let format = if given.is_some() { options.format } else { Some(Format::Vmdk) };
         Ok((file, Opening::new(files, options, true, so_far).link(file, format).await?))
+    }
+
+    /// Whether it is no VMDK that lies somewhere: an overlay of it is not wrong for that.
+    fn has_to_be_given(&self) -> bool {
+        self.content_id == NO_CONTENT_ID || self.hint.to_ascii_lowercase().contains(".ova")
+    }
+
+    /// What to do about a parent that is no VMDK, which is opened only by whom it is given.
+    fn explain(&self, e: DiskError) -> DiskError {
+        if !self.has_to_be_given() {
+            return e;
+        }
+        let what =
+            "the base of an overlay that is a raw image or in an archive has to be named: --overlay OVERLAY BASE";
+        DiskError::new(e.kind(), what).because(e)
     }
 
     /// Whether an overlay is one of the image of this name.
