@@ -253,7 +253,7 @@ impl Disk {
 
     /// Whether the host has only a hole there: programs that make all tables beforehand leave most of them so. A host that does
     /// not tell has none.
-    async fn is_hole<I: FileIo>(&self, io: &I, file: FileId, at: u64, len: u64) -> bool {
+    pub(crate) async fn is_hole<I: FileIo>(&self, io: &I, file: FileId, at: u64, len: u64) -> bool {
         io.stored_at(file, at).await.is_ok_and(|stored| stored.hole && stored.len >= len)
     }
 }

@@ -245,6 +245,16 @@ impl<I: FileIo, W: CheckWatch> Check<'_, I, W> {
         let Some(first) = run.first() else { return Ok(()) };
         let bytes = self.extent.table_bytes();
         let len = run.len() as u64 * bytes;
+        let (io, file) = (self.io, self.extent.file);
+        if self.disk.is_hole(io, file, first.at, len).await
+            && match first.copy_at {
+                Some(at) => self.disk.is_hole(io, file, at, len).await,
+                None => true,
+            }
+        {
+            // Most of the tables of a large image are empty.
+            return Ok(());
+        }
         let tables = self.read(first.at, len).await?;
         let copies = match first.copy_at {
             Some(at) => Some(self.read(at, len).await?),
