@@ -110,3 +110,26 @@ fn what_does_not_fit_the_image_any_more_is_said_to_be_lost() {
         "#,
     );
 }
+
+/// As root, since the place is a mount.
+#[test]
+fn a_full_run_directory_costs_the_ledger_and_not_the_service() {
+    if !rustix::process::geteuid().is_root() {
+        return eprintln!("skipped: for root");
+    }
+    script(
+        r#"
+        qemu-img create -q -f vmdk d.vmdk 64M
+        cp "$vdisk" program
+        unshare --mount bash -euo pipefail -c '
+            mount -t tmpfs -o size=64k none /run
+            ./program serve d.vmdk --socket s 2>log & server=$!
+            until [ -S s ]; do kill -0 $server; sleep 0.01; done
+            kill $server; wait $server
+            ls /run/vdisk/ledgers > left
+        '
+        grep -q 'what was not flushed is lost: .*No space left' log
+        [ ! -s left ]
+        "#,
+    );
+}

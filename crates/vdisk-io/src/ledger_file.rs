@@ -2,7 +2,7 @@
 
 use memmap2::{MmapOptions, MmapRaw};
 use nix::fcntl::{FallocateFlags, OFlag, fallocate};
-use std::fs::{File, OpenOptions};
+use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::Path;
@@ -20,9 +20,15 @@ impl LedgerFile {
     ///
     /// # Errors
     ///
-    /// The host's; [`io::ErrorKind::StorageFull`] if the file system has no room for it.
+    /// The host's; [`io::ErrorKind::StorageFull`] if the file system has no room for it, and then no file is left that was not there.
     pub fn create(path: &Path) -> io::Result<Self> {
-        Self::map(Self::options().create(true).open(path)?)
+        match Self::options().create_new(true).open(path) {
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => Self::open(path),
+            Err(e) => Err(e),
+            Ok(file) => Self::map(file).inspect_err(|_| {
+                let _ = fs::remove_file(path);
+            }),
+        }
     }
 
     /// Opens the file if it is there.
