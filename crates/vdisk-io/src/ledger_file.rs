@@ -84,16 +84,16 @@ mod tests {
         drop(one);
         let two = LedgerFile::open(&path).unwrap();
         assert_eq!(two.words()[LEDGER_WORDS - 1].load(Ordering::Relaxed), 7);
-        assert_eq!(std::fs::metadata(&path).unwrap().len(), BYTES as u64);
+        assert_eq!(fs::metadata(&path).unwrap().len(), BYTES as u64);
     }
 
     #[test]
     fn a_link_is_not_followed() {
         let dir = tempfile::tempdir().unwrap();
         let (path, other) = (dir.path().join("ledger"), dir.path().join("other"));
-        std::fs::write(&other, "mine").unwrap();
+        fs::write(&other, "mine").unwrap();
         std::os::unix::fs::symlink(&other, &path).unwrap();
         assert!(LedgerFile::create(&path).is_err());
-        assert_eq!(std::fs::read(&other).unwrap(), b"mine");
+        assert_eq!(fs::read(&other).unwrap(), b"mine");
     }
 }
