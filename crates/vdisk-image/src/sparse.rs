@@ -376,6 +376,11 @@ impl Sparse {
         self.fixed.iter().any(|area| at < area.end && area.start < at.saturating_add(len))
     }
 
+    /// Where the directories and the descriptor are.
+    pub(crate) fn fixed(&self) -> &[Range<u64>] {
+        &self.fixed
+    }
+
     /// What to read (byte offset, bytes) to supply `meta`: one range, or for a directory page with a copy two. `None` for a table
     /// whose page of the directory has left memory.
     ///
