@@ -16,5 +16,6 @@ mod memory_limits;
 mod model;
 mod opening;
 mod repair;
+mod reuse;
 mod se_sparse;
 mod stream;

@@ -97,7 +97,7 @@ impl<'a> Survey<'a> {
             differing: Vec::new(),
             wrong: false,
             missing: u64::MAX,
-            end: extent.fixed().iter().map(|area| area.end).chain([extent.overhead]).max().unwrap_or(0),
+            end: extent.fixed_areas().iter().map(|area| area.end).chain([extent.overhead]).max().unwrap_or(0),
         };
         let mut first = 0;
         while first < extent.tables {
@@ -255,7 +255,7 @@ impl<'a> Survey<'a> {
 
     /// What lies between what is used: (first byte, byte behind the last).
     pub(super) fn unused(&self) -> impl Iterator<Item = (u64, u64)> {
-        let mut fixed: Vec<(u64, u64)> = self.extent.fixed().iter().map(|area| (area.start, area.end)).collect();
+        let mut fixed: Vec<(u64, u64)> = self.extent.fixed_areas().iter().map(|area| (area.start, area.end)).collect();
         fixed.sort_unstable();
         let used = in_order(self.tables.areas(), self.grains.areas());
         let used = in_order(used, in_order(self.offered.areas(), fixed.into_iter()));
