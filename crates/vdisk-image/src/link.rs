@@ -73,8 +73,7 @@ impl<'a, F: Files> Opening<'a, F> {
         };
         let (extents, unclean, first_steps, faults) = Default::default();
         let (new_content_id, parent, content_id_step) = (None, None, None);
-        let link =
-            Link { extents, unclean, first_steps, new_content_id, parent, info, faults, content_id_step };
+        let link = Link { extents, unclean, first_steps, new_content_id, parent, info, faults, content_id_step };
         Self { files, options, read_only, so_far, link }
     }
 

@@ -275,7 +275,11 @@ impl<I: FileIo, W: CheckWatch> Check<'_, I, W> {
             self.fault(FaultKind::EntryMisaligned, offset, detail);
         }
         if !self.grains.insert(at) {
-            self.fault(FaultKind::EntryUsedTwice, offset, format!("{which} names sector {sector}, as another entry does"));
+            self.fault(
+                FaultKind::EntryUsedTwice,
+                offset,
+                format!("{which} names sector {sector}, as another entry does"),
+            );
             return Ok(());
         }
         self.grain_count += 1;

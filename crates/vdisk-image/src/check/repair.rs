@@ -113,7 +113,8 @@ impl<I: FileIo, B: Backup, W: RepairWatch> Repairing<'_, '_, I, B, W> {
         self.free_sector(&survey).await?;
         if survey.wrong || !survey.differing.is_empty() {
             if self.extent.unclean {
-                self.watch.left(self.of(None, "stays marked as not closed, for the rest of it is not right".to_owned()));
+                self.watch
+                    .left(self.of(None, "stays marked as not closed, for the rest of it is not right".to_owned()));
             }
             if survey.has_unused() {
                 let what = "what nothing names was not given back, for it may be what is missing elsewhere";
@@ -153,7 +154,7 @@ impl<I: FileIo, B: Backup, W: RepairWatch> Repairing<'_, '_, I, B, W> {
             let Some(Pair { primary, copy: Some(copy), .. }) = pairs.first() else { continue };
             let file = self.extent.name.clone();
             let alone = |why: &str| {
-                let detail = format!("grain table {table} was left alone: {why}");
+                let detail = format!("grain table {table}: {why}");
                 Repair { file: file.clone(), offset: None, detail }
             };
             let is_certain = primary.at().into_iter().chain(copy.at()).all(|at| survey.is_certain(at));
@@ -222,7 +223,10 @@ impl<I: FileIo, B: Backup, W: RepairWatch> Repairing<'_, '_, I, B, W> {
         self.writer.write(self.extent.file, copy_at, &copy).await?;
         let [to_copy, from_copy] = counts;
         if from_copy > 0 {
-            self.repaired(Some(at), format!("{from_copy} entries of grain table {table} were taken from its redundant copy"));
+            self.repaired(
+                Some(at),
+                format!("{from_copy} entries of grain table {table} were taken from its redundant copy"),
+            );
         }
         if to_copy > 0 {
             let what = format!("{to_copy} entries of the redundant copy of grain table {table} were taken from it");
@@ -267,7 +271,7 @@ impl<I: FileIo, B: Backup, W: RepairWatch> Repairing<'_, '_, I, B, W> {
         let room = end <= survey.missing && end <= ADDRESSABLE;
         if !missing.is_empty() && !room {
             let why = "the file cannot grow over what an entry names past its end";
-            let text = |m: &Missing| format!("grain table {} was left alone: {why}", m.table);
+            let text = |m: &Missing| format!("grain table {}: {why}", m.table);
             left.extend(missing.iter().map(|m| self.of(self.entry_at(m.table, m.side), text(m))));
         } else if !missing.is_empty() {
             self.writer.grow(extent.file, self.file_len, end).await?;

@@ -119,7 +119,8 @@ impl<'a> Survey<'a> {
                 progress(run.last().map_or(0, |pair| pair.table + 1));
             }
         }
-        survey.wrong |= !survey.tables_twice.is_empty() || !survey.grains_twice.is_empty() || !survey.clashes.is_empty();
+        survey.wrong |=
+            !survey.tables_twice.is_empty() || !survey.grains_twice.is_empty() || !survey.clashes.is_empty();
         Ok(survey)
     }
 

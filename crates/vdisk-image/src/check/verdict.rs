@@ -26,7 +26,7 @@ pub(super) enum Side {
     Copy,
 }
 
-use Says::{Absent, Doubtful, Place, PastEnd, Taken, Wrong, Zeroed};
+use Says::{Absent, Doubtful, PastEnd, Place, Taken, Wrong, Zeroed};
 
 /// Which of two entries that differ is right in an extent that was not closed: a writer was interrupted between the two. One that
 /// is valid in either; if both are, the primary one, which is what readers have seen. `None`: cannot be told.
@@ -38,9 +38,7 @@ pub(super) fn unclosed(primary: Says, copy: Says) -> Option<Side> {
         (Absent, Absent | Taken | PastEnd | Wrong) => Some(Side::Primary),
         // What no flush has made durable was never promised.
         (PastEnd | Wrong, Absent | Place | Zeroed) => Some(Side::Copy),
-        (Absent, Doubtful)
-        | (Doubtful | Taken, _)
-        | (PastEnd | Wrong, Taken | Doubtful | PastEnd | Wrong) => None,
+        (Absent, Doubtful) | (Doubtful | Taken, _) | (PastEnd | Wrong, Taken | Doubtful | PastEnd | Wrong) => None,
     }
 }
 

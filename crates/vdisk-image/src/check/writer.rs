@@ -11,8 +11,11 @@ use vmdk_parse::SECTOR_SIZE;
 /// Changes that are written together, in bytes.
 const BATCH: usize = 4 << 20;
 
-/// What is kept or punched at once, in bytes.
+/// What is kept at once, in bytes.
 const PIECE: u64 = 1 << 20;
+
+/// What a host's file system can give back: less than a block it only zeroes.
+const BLOCK: u64 = 4096;
 
 /// What a repair is about to change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -149,12 +152,14 @@ impl<'a, I: FileIo, B: Backup> Writer<'a, I, B> {
         self.barrier(file).await
     }
 
-    /// Punches a hole, durably. Bytes that took space on the host; none where it cannot punch.
+    /// Punches a hole, durably, as far as it can be one. Bytes that the host has got back.
     pub(super) async fn punch(&mut self, file: FileId, start: u64, end: u64) -> Result<u64, DiskError> {
-        let taken = self.keep_data(file, start, end).await?;
-        if taken == 0 {
+        let (start, end) = (start.next_multiple_of(BLOCK), end / BLOCK * BLOCK);
+        let before = if start < end { self.stored(file, start, end).await? } else { 0 };
+        if before == 0 {
             return Ok(0);
         }
+        self.keep_data(file, start, end).await?;
         self.sync_backup()?;
         match self.io.punch_hole(file, start, end - start).await {
             Ok(()) => {}
@@ -165,20 +170,36 @@ impl<'a, I: FileIo, B: Backup> Writer<'a, I, B> {
             }
         }
         self.barrier(file).await?;
-        Ok(taken)
+        // Blocks of the host may be larger than ours.
+        Ok(before.saturating_sub(self.stored(file, start, end).await?))
     }
 
-    /// Keeps a part of a file that is to read as zeroes, or not at all. Bytes that take space on the host.
-    async fn keep_data(&mut self, file: FileId, start: u64, end: u64) -> Result<u64, DiskError> {
-        let (mut at, mut taken) = (start, 0);
-        let zeroes = vec![0; size(PIECE)];
+    /// Bytes of a part of a file that take space on the host.
+    async fn stored(&self, file: FileId, start: u64, end: u64) -> Result<u64, DiskError> {
+        let (mut at, mut bytes) = (start, 0);
         while at < end {
-            let stored = self.io.stored_at(file, at).await;
-            let stored = stored.map_err(|e| DiskError::host(format!("look for holes in {}", self.disk.name(file)), e))?;
-            let mut len = stored.len.min(end - at);
-            if !stored.hole {
+            let (hole, len) = self.stored_at(file, at, end).await?;
+            bytes += if hole { 0 } else { len };
+            at += len;
+        }
+        Ok(bytes)
+    }
+
+    /// Whether a hole begins there, and how long it or the data is.
+    async fn stored_at(&self, file: FileId, at: u64, end: u64) -> Result<(bool, u64), DiskError> {
+        let stored = self.io.stored_at(file, at).await;
+        let stored = stored.map_err(|e| DiskError::host(format!("look for holes in {}", self.disk.name(file)), e))?;
+        Ok((stored.hole, stored.len.min(end - at)))
+    }
+
+    /// Keeps a part of a file that is to read as zeroes, or not at all.
+    async fn keep_data(&mut self, file: FileId, start: u64, end: u64) -> Result<(), DiskError> {
+        let zeroes = vec![0; size(PIECE)];
+        let mut at = start;
+        while at < end {
+            let (hole, mut len) = self.stored_at(file, at, end).await?;
+            if !hole {
                 len = len.min(PIECE);
-                taken += len;
                 let before = self.disk.read_metadata(self.io, file, at, len).await?;
                 let after = zeroes.get(..size(len)).unwrap_or_default();
                 if before != after {
@@ -187,7 +208,7 @@ impl<'a, I: FileIo, B: Backup> Writer<'a, I, B> {
             }
             at += len;
         }
-        Ok(taken)
+        Ok(())
     }
 
     async fn barrier(&self, file: FileId) -> Result<(), DiskError> {

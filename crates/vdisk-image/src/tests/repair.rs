@@ -3,7 +3,9 @@
 use super::check::{Places, check, places, put, used, word};
 use super::fixtures::{OPTIONS, Shape, run};
 use crate::memory::{Memory, Random};
-use crate::{Backup, Disk, DiskError, Fault, FaultKind, FileId, Flags, Kept, Op, OpenOptions, Repair, RepairWatch, Request};
+use crate::{
+    Backup, Disk, DiskError, Fault, FaultKind, FileId, Flags, Kept, Op, OpenOptions, Repair, RepairWatch, Request,
+};
 use std::cell::RefCell;
 use std::io;
 use std::rc::Rc;
