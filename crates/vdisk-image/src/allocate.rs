@@ -6,6 +6,7 @@
 use crate::coding::Entry;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::FileId;
+use crate::free::{FreeSpace, Freed, Place};
 use crate::ledger::{Ledger, What};
 use crate::sparse::{Lookup, MetaRef, Sparse};
 use crate::table::{PAGE_ENTRIES, SECTOR_ENTRIES, Table, TableCopy};
@@ -29,10 +30,12 @@ const ADDRESSABLE: u64 = u32::MAX as u64 * SECTOR_SIZE;
 pub(crate) struct State {
     /// First byte that was never given out; `None` until the tables were looked through.
     pub(crate) next: Option<u64>,
-    /// Places of single grains that were given back. They read as zeroes.
-    free: Vec<u64>,
+    /// Places in front of that which nothing names: they are given out first.
+    pub(crate) free: FreeSpace,
+    /// Places that will be free.
+    pub(crate) freed: Freed,
     /// Grains that are being written for the first time, and who waits for them.
-    busy: HashMap<u64, WaitList>,
+    pub(crate) busy: HashMap<u64, WaitList>,
     /// The file is being extended.
     growing: Option<WaitList>,
     /// Room for new grain tables.
@@ -62,7 +65,23 @@ pub(crate) struct Ticket<'a> {
     count: u64,
     /// Byte offset in the file.
     place: u64,
+    /// The place reads as zeroes: what is not written need not be.
+    zeroed: bool,
+    /// Another grain was there before.
+    reused: bool,
     done: bool,
+}
+
+/// A part of fresh grains that a write does not cover.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Rest {
+    /// In the extent.
+    pub(crate) offset: u64,
+    pub(crate) len: u64,
+    /// Byte offset in the file.
+    pub(crate) at: u64,
+    /// What is below in the chain is to be seen there; else zeroes.
+    pub(crate) from_below: bool,
 }
 
 /// What a writer has to do next.
@@ -80,6 +99,17 @@ pub(crate) enum Plan<'a> {
     Reserve(Room),
     /// The ledger is full: a flush has to empty it first.
     Flush,
+}
+
+/// Places of grains in a row that were given out.
+#[derive(Clone, Copy, Debug)]
+struct Given {
+    /// Byte offset.
+    at: u64,
+    /// Grains.
+    count: u64,
+    zeroed: bool,
+    reused: bool,
 }
 
 /// The host's space that a table needs before it changes or is made. Answered by [`Sparse::reserved`].
@@ -143,19 +173,19 @@ impl Sparse {
         if !self.claim(count) {
             return Ok(Plan::Flush);
         }
-        let taken = self.take_room(&mut state, self.grain, count);
-        self.unclaim(count - taken.as_ref().map_or(0, |t| t.map_or(0, |(_, taken)| taken)));
-        let Some((place, count)) = taken? else { return Ok(Plan::Grow) };
+        let taken = self.take_places(&mut state, count);
+        self.unclaim(count - taken.as_ref().map_or(0, |t| t.as_ref().map_or(0, |t| t.count)));
+        let Some(Given { at: place, count, zeroed, reused }) = taken? else { return Ok(Plan::Grow) };
         for g in grain..grain + count {
             state.busy.insert(g, WaitList::default());
         }
         table.pin();
-        let ticket = Ticket { extent: self, table, index, first: grain, count, place, done: false };
+        let ticket = Ticket { extent: self, table, index, first: grain, count, place, zeroed, reused, done: false };
         Ok(Plan::Write { offset: place + skip, len: len.min(count * self.grain - skip), ticket: Some(ticket) })
     }
 
     /// Promises the ledger so many records. `false`: it has no room for them.
-    fn claim(&self, count: u64) -> bool {
+    pub(crate) fn claim(&self, count: u64) -> bool {
         self.ledger.as_ref().is_none_or(|l| l.ledger.claim(count))
     }
 
@@ -165,14 +195,14 @@ impl Sparse {
         }
     }
 
-    fn note(&self, what: What) {
+    pub(crate) fn note(&self, what: What) {
         if let Some(l) = &self.ledger {
             l.note(what);
         }
     }
 
     /// What a table in memory needs.
-    fn room_of(&self, index: u64, table: Arc<Table>) -> Room {
+    pub(crate) fn room_of(&self, index: u64, table: Arc<Table>) -> Room {
         let bytes = self.table_bytes();
         let copy = match table.copy {
             TableCopy::At(at) => Some((at, bytes)),
@@ -240,21 +270,19 @@ impl Sparse {
         wake(wakers.unwrap_or_default());
     }
 
-    /// The tables were looked through: nothing is used at or after byte `end`. Space is given out from there on.
-    pub(crate) fn allocate_from(&self, end: u64) {
+    /// The tables were looked through: nothing is used at or after byte `end`, nor in the places that are `free`. Space is given out
+    /// there.
+    pub(crate) fn allocate_from(&self, end: u64, free: Vec<Place>) {
         let next = end.next_multiple_of(self.coding.alignment(self.grain));
         self.first_free.store(next, Ordering::Release);
-        locked(&self.state).next = Some(next);
+        let mut state = locked(&self.state);
+        free.into_iter().for_each(|place| state.free.insert(place));
+        state.next = Some(next);
     }
 
     /// Whether [`Sparse::allocate_from`] was called.
     pub(crate) fn knows_its_end(&self) -> bool {
         locked(&self.state).next.is_some()
-    }
-
-    /// Length that the file needs: what was given out. `None` if nothing was.
-    pub(crate) fn end(&self) -> Option<u64> {
-        locked(&self.state).next
     }
 
     fn has_place(&self, table: &Table, grain: u64) -> bool {
@@ -266,14 +294,18 @@ impl Sparse {
         !self.has_place(table, grain) && !state.busy.contains_key(&grain)
     }
 
-    /// Room for up to `count` units of `unit` bytes: (place, how many). `None` if the file has to be extended first.
-    fn take_room(&self, state: &mut State, unit: u64, count: u64) -> Result<Option<(u64, u64)>, DiskError> {
-        if count == 1
-            && unit == self.grain
-            && let Some(place) = state.free.pop()
-        {
-            return Ok(Some((place, 1)));
+    /// Room for up to `count` grains, where others were if there is such. `None` if the file has to be extended first.
+    fn take_places(&self, state: &mut State, count: u64) -> Result<Option<Given>, DiskError> {
+        if let Some(Place { at, len, zeroed }) = state.free.take(self.grain, count) {
+            return Ok(Some(Given { at, count: len / self.grain, zeroed, reused: true }));
         }
+        let new = self.take_room(state, self.grain, count)?;
+        Ok(new.map(|(at, count)| Given { at, count, zeroed: true, reused: false }))
+    }
+
+    /// Room for up to `count` units of `unit` bytes that was never used: (byte offset, units). `None` if the file has to be extended
+    /// first.
+    fn take_room(&self, state: &mut State, unit: u64, count: u64) -> Result<Option<(u64, u64)>, DiskError> {
         let Some(next) = state.next else {
             return Err(DiskError::new(ErrorKind::Poisoned, format!("{}: its end is not known", self.name)));
         };
@@ -370,15 +402,33 @@ impl Ticket<'_> {
         self.finish(&mut state);
     }
 
-    /// What a write of `len` bytes at `offset` of the extent leaves of the grains, before and behind it, as far as the parent is
-    /// to be seen there: (offset in the extent, bytes, byte offset in the file).
-    pub(crate) fn gaps(&self, offset: u64, len: u64) -> impl Iterator<Item = (u64, u64, u64)> {
+    /// What a write of `len` bytes at `offset` of the extent leaves of the grains, before and behind it, and has to be written all
+    /// the same: where `has_parents`, the parent is to be seen there, and where the place is not zeroes, zeroes are.
+    pub(crate) fn rest(&self, offset: u64, len: u64, has_parents: bool) -> impl Iterator<Item = Rest> {
         let grain = self.extent.grain;
         let (start, end) = (self.first * grain, (self.first + self.count) * grain);
-        let gaps = [(self.first, start, offset), (self.first + self.count - 1, offset + len, end)];
-        gaps.into_iter()
-            .filter(|(n, from, to)| from < to && !self.is_zeroed(*n))
-            .map(move |(_, from, to)| (from, to - from, self.place + (from - start)))
+        let parts = [(self.first, start, offset), (self.first + self.count - 1, offset + len, end)];
+        parts.into_iter().filter(|(_, from, to)| from < to).filter_map(move |(n, from, to)| {
+            let from_below = has_parents && !self.is_zeroed(n);
+            let rest = Rest { offset: from, len: to - from, at: self.at(from), from_below };
+            (from_below || !self.zeroed).then_some(rest)
+        })
+    }
+
+    /// Byte offset in the file of an offset in the extent that lies in the grains.
+    pub(crate) fn at(&self, offset: u64) -> u64 {
+        self.place + (offset - self.first * self.extent.grain)
+    }
+
+    /// Whether the place reads as zeroes.
+    pub(crate) fn is_zero_filled(&self) -> bool {
+        self.zeroed
+    }
+
+    /// Byte offsets in the file of those of the grains whose place had another grain before.
+    pub(crate) fn reused_places(&self) -> impl Iterator<Item = u64> {
+        let count = if self.reused { self.count } else { 0 };
+        (0..count).map(|n| self.place + n * self.extent.grain)
     }
 
     /// Whether the grain is marked as zeroes, which hide the parent.
@@ -392,19 +442,25 @@ impl Ticket<'_> {
         self.extent.file
     }
 
-    /// The grains could not be written. Their place may hold part of the data: the range to punch, after which
-    /// [`Ticket::give_back`] can hand it out again.
+    /// The place of the grains: (byte offset in the file, bytes).
     pub(crate) fn place(&self) -> (u64, u64) {
         (self.place, self.count * self.extent.grain)
     }
 
-    /// The grains could not be written, and their place reads as zeroes again.
-    pub(crate) fn give_back(mut self) {
+    /// Nothing was written to the place.
+    pub(crate) fn give_back(self) {
+        let zeroed = self.zeroed;
+        self.give_back_as(zeroed);
+    }
+
+    /// The grains could not be written. With `zeroed` their place reads as zeroes again; else it holds anything.
+    pub(crate) fn give_back_as(mut self, zeroed: bool) {
         let mut state = locked(&self.extent.state);
-        if state.next == Some(self.place + self.count * self.extent.grain) {
-            state.next = Some(self.place);
+        let (at, len) = self.place();
+        if zeroed && state.next == Some(at + len) {
+            state.next = Some(at);
         } else {
-            state.free.extend((0..self.count).map(|n| self.place + n * self.extent.grain));
+            state.free.insert(Place { at, len, zeroed });
         }
         self.extent.unclaim(self.count);
         self.finish(&mut state);

@@ -3,10 +3,11 @@
 //! Until then an attached image is left exactly as it was. Source: VMware Virtual Disk Format 1.1, "The Header"
 //! (CID) and "Hosted Sparse Extents" (uncleanShutdown).
 
-use crate::disk::Disk;
+use crate::disk::{Disk, size};
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo};
 use crate::flush::{self, Step};
+use crate::free::{LOOKS, MOST_INTERVALS};
 use crate::scan::TableRun;
 use crate::sparse::{MetaRef, Sparse};
 use crate::table::{PAGE_ENTRIES, Page, TableCopy};
@@ -140,8 +141,8 @@ impl Disk {
         Ok(())
     }
 
-    /// Looks through all tables of an extent for the first byte behind everything that is used, and for places that two entries
-    /// name: nothing of such an extent can change, for a write in one place of the disk would show in another.
+    /// Looks through all tables of an extent for the first byte behind everything that is used, for places that nothing names, and for
+    /// places that two entries name: nothing of such an extent can change, for a write in one place of the disk would show in another.
     ///
     /// The length of the file is not enough: after a crash an entry can be durable whose grain the file does not reach
     /// (qemu leaves such images, and gives the same place out again). In an image that was not closed, tables whose copy
@@ -170,23 +171,53 @@ impl Disk {
             end = end.max(tables_end);
             for run in extent.table_runs(page, SCAN_BYTES).unwrap_or_default() {
                 let len = run.count * extent.table_bytes();
-                if self.is_hole(io, extent.file, run.at, len).await
-                    && !(compare && self.has_copy(io, extent, run).await)
-                {
+                let has_copy = extent.rgd_at.is_some() && self.has_copy(io, extent, run).await;
+                if !has_copy && self.is_hole(io, extent.file, run.at, len).await {
                     continue;
                 }
                 let bytes = self.read_metadata(io, extent.file, run.at, len).await?;
                 end = end.max(extent.end_of_entries(&bytes));
                 used.take_grains(run, &bytes)?;
-                for (table, _) in run.tables(extent.table_bytes()).filter(|_| compare) {
-                    let Some(at) = extent.copy_at(table) else { continue };
-                    let copy = self.read_metadata(io, extent.file, at, extent.table_bytes()).await?;
-                    end = end.max(extent.end_of_entries(&copy));
+                if !has_copy {
+                    continue;
+                }
+                for (first, copy) in self.read_copies(io, extent, run).await? {
+                    if compare {
+                        end = end.max(extent.end_of_entries(&copy));
+                    }
+                    // It may be all that is left of something.
+                    if bytes.get(first..first + copy.len()) != Some(&copy) {
+                        used.keep(&copy);
+                    }
                 }
             }
         }
-        extent.allocate_from(end);
+        let free = used.free(extent.file_len.load(Ordering::Acquire)).take(MOST_INTERVALS);
+        let mut free: Vec<_> = free.collect();
+        // Those that are given out first. The sync of the first change makes a hole one for good.
+        for place in free.iter_mut().take(LOOKS) {
+            place.zeroed = self.is_hole(io, extent.file, place.at, place.len).await;
+        }
+        extent.allocate_from(end, free);
         Ok(())
+    }
+
+    /// The copies of these tables that lie in the file, each with its place among the bytes of the tables; all of them as one if they
+    /// lie in a row.
+    async fn read_copies<I: FileIo>(
+        &self,
+        io: &I,
+        extent: &Sparse,
+        run: TableRun,
+    ) -> Result<Vec<(usize, Vec<u8>)>, DiskError> {
+        let bytes = extent.table_bytes();
+        let places = run.tables(bytes).filter_map(|(table, _)| Some((table, extent.copy_at(table)?)));
+        let mut copies = Vec::new();
+        for copy in TableRun::of(places, bytes, SCAN_BYTES) {
+            let first = size((copy.first - run.first) * bytes);
+            copies.push((first, self.read_metadata(io, extent.file, copy.at, copy.count * bytes).await?));
+        }
+        Ok(copies)
     }
 
     /// Makes the copies of the tables the same as the primary ones, for an image that was not closed. At once and not with the next

@@ -6,6 +6,7 @@ use crate::check::Fault;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo};
 use crate::flush::{self, Failed, FlushPlan, Rounds, Step};
+use crate::grace::Grace;
 use crate::image::Chain;
 use crate::inflate::Inflating;
 use crate::info::Info;
@@ -32,6 +33,8 @@ pub struct Disk {
     pub(crate) first_change: FirstChange,
     pub(crate) zeroout_unmaps: bool,
     pub(crate) rounds: Rounds,
+    /// Requests that may be at places of grains.
+    pub(crate) grace: Grace,
     pub(crate) loading: Mutex<HashMap<(FileId, MetaRef), WaitList>>,
     pub(crate) inflating: Inflating,
     pub(crate) ledger: Option<Arc<Ledger>>,
@@ -79,10 +82,13 @@ impl Disk {
         if len == 0 && op != Op::Flush {
             return if flags.fua && !self.geometry.read_only { self.flush(io).await } else { Ok(()) };
         }
+        if op == Op::Flush {
+            return self.flush(io).await;
+        }
+        let passage = self.grace.enter();
         match op {
             Op::Read => return self.read(io, offset, len, buf).await,
-            Op::Flush => return self.flush(io).await,
-            Op::Write | Op::Discard | Op::WriteZeroes => self.check_poison()?,
+            Op::Write | Op::Discard | Op::WriteZeroes | Op::Flush => self.check_poison()?,
         }
         self.begin_change(io).await?;
         match op {
@@ -90,6 +96,7 @@ impl Disk {
             Op::Discard => self.discard(io, offset, len).await?,
             _ => self.write_zeroes(io, offset, len, flags.no_unmap && !self.zeroout_unmaps).await?,
         }
+        drop(passage);
         if flags.fua { self.flush(io).await } else { Ok(()) }
     }
 
@@ -119,9 +126,15 @@ impl Disk {
         }
         match flush::run(io, &plan.steps, |f| self.name(f)).await {
             Ok(()) => {
-                plan.done();
+                // Before a place is used again: a record of who had it must not outlive that.
                 if let Some((ledger, turned)) = &turned {
                     ledger.settle(turned);
+                }
+                plan.done(self.grace.now());
+                if let Some(epoch) = self.grace.ended() {
+                    for extent in self.chain.top.writable_sparse() {
+                        extent.let_go(epoch);
+                    }
                 }
                 round.succeeded();
                 Ok(())
@@ -240,7 +253,7 @@ impl Disk {
         }
         let mut steps = Vec::new();
         for s in self.chain.top.writable_sparse() {
-            if let Some(len) = s.end().filter(|end| *end < s.file_len.load(Ordering::Acquire)) {
+            if let Some(len) = s.cut_tail().filter(|end| *end < s.file_len.load(Ordering::Acquire)) {
                 steps.push(Step::SetLen { file: s.file, len });
             }
         }

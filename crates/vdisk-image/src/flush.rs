@@ -6,6 +6,8 @@
 
 use crate::error::DiskError;
 use crate::file_io::{FileId, FileIo};
+use crate::free::Place;
+use crate::grace::Epoch;
 use crate::sparse::Sparse;
 use crate::table::{Entries, SECTOR_ENTRIES, Table, TableCopy};
 use crate::wait::{WaitList, locked, until, wake};
@@ -33,6 +35,8 @@ pub(crate) struct FlushPlan<'a> {
     directories: Vec<(&'a Sparse, u64)>,
     /// Files with data that is to be durable.
     files: Vec<FileId>,
+    /// Places whose entries the tables do not have any more.
+    freed: Vec<(&'a Sparse, Vec<Place>)>,
 }
 
 /// A table whose dirty sectors count as clean since the plan has them.
@@ -57,6 +61,7 @@ impl<'a> FlushPlan<'a> {
         }
         plan.tables = dirty.taken;
         plan.directories = dirty.directories;
+        plan.freed = dirty.freed;
         let mut files = dirty_files();
         plan.files.clone_from(&files);
         files.extend(dirty.headers.iter().map(|(file, _, _)| *file));
@@ -74,10 +79,14 @@ impl<'a> FlushPlan<'a> {
         plan
     }
 
-    /// Everything in the plan is durable: the tables may leave memory.
-    pub(crate) fn done(self) {
+    /// Everything in the plan is durable, as of `epoch`, and the ledger knows: the tables may leave memory, and what was freed may be
+    /// used again when the epoch has ended.
+    pub(crate) fn done(self, epoch: Epoch) {
         for taken in self.tables {
             taken.table.unpin();
+        }
+        for (extent, places) in self.freed {
+            extent.flushed(epoch, places);
         }
     }
 
@@ -94,6 +103,9 @@ impl<'a> FlushPlan<'a> {
         for (extent, sector) in self.directories {
             locked(&extent.state).dirty_gd.insert(sector);
         }
+        for (extent, places) in self.freed {
+            extent.not_flushed(places);
+        }
         self.files
     }
 }
@@ -109,6 +121,7 @@ struct Dirty<'a> {
     directory: Vec<Write>,
     taken: Vec<TakenTable<'a>>,
     directories: Vec<(&'a Sparse, u64)>,
+    freed: Vec<(&'a Sparse, Vec<Place>)>,
 }
 
 impl Sparse {
@@ -132,6 +145,8 @@ impl Sparse {
             }
             to.taken.push(TakenTable { extent: self, index, table, sectors });
         }
+        // With the sectors that name them no more.
+        to.freed.push((self, state.freed.take_unflushed()));
         // Every table that the directory names here is durable already or is written above.
         for sector in std::mem::take(&mut state.dirty_gd) {
             to.directories.push((self, sector));

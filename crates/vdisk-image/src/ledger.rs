@@ -43,7 +43,7 @@ const ACTIVE_AT: usize = 3;
 /// Of each half its number of records, and above 32 bits how often it was emptied.
 const COUNT_AT: usize = 4;
 
-const MAGIC: u64 = u64::from_le_bytes(*b"vdisk\0\0\x01");
+const MAGIC: u64 = u64::from_le_bytes(*b"vdisk\0\0\x02");
 
 /// A content ID in its word: 0 is none.
 const HAS_ID: u64 = 1 << 32;
@@ -72,7 +72,7 @@ pub(crate) struct Record {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum What {
-    /// A grain has its place at this sector.
+    /// A grain has its place at this sector, or with sector 0 no place any more.
     Grain { grain: u64, sector: u32 },
     /// A grain table was made at this sector.
     Table { table: u64, sector: u32 },

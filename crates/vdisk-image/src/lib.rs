@@ -21,6 +21,8 @@ mod disk;
 mod error;
 mod file_io;
 mod flush;
+mod free;
+mod grace;
 mod image;
 mod inflate;
 mod info;

@@ -239,6 +239,7 @@ impl Link {
             first_change: FirstChange::new(self.first_steps, self.unclean),
             zeroout_unmaps: options.zeroout_unmaps,
             rounds: Default::default(),
+            grace: Default::default(),
             loading: Default::default(),
             inflating: Default::default(),
             ledger: None,

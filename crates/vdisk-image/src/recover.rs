@@ -1,7 +1,6 @@
 //! Taking over what a process that died has left in its ledger.
 
 use crate::allocate::sector_number;
-use crate::coding::Entry;
 use crate::disk::Disk;
 use crate::error::DiskError;
 use crate::file_io::FileIo;
@@ -150,11 +149,12 @@ impl Sparse {
         let copies = if self.rgd_at.is_some() { 2 } else { 1 };
         // It may have become durable before the process died.
         if page.gd.get(slot) == Some(0) && self.lies_in_file(at, copies * self.table_bytes()) {
+            state.free.remove(at, copies * self.table_bytes());
             self.insert_new_table(&mut state, index, at);
         }
     }
 
-    /// What has to be read first, or whether the grain was absent.
+    /// What has to be read first, or whether the grain has this place now and had not before. Place 0 is none.
     fn take_over_grain(&self, grain: u64, at: u64) -> Result<bool, MetaRef> {
         let index = grain / self.gtes;
         let mut state = locked(&self.state);
@@ -164,15 +164,17 @@ impl Sparse {
             Lookup::Need(_) | Lookup::Absent => return Ok(false),
         };
         let entry = usize::try_from(grain % self.gtes).unwrap_or(0);
-        let now = self.coding.grain(table.entry(entry).unwrap_or(0));
-        // A grain that has a place got it by the same change, or by somebody who did not know of the ledger.
-        let is_free = matches!(now, Ok(Entry::Absent | Entry::Zeroed));
-        if table.copy == TableCopy::Broken || !is_free || !self.lies_in_file(at, self.grain) {
+        let now = table.entry(entry).unwrap_or(0);
+        let says = sector_number(at);
+        // The ledger has everything that happened since a flush, in order: an entry that says something else is older. But it may have
+        // no place for what it says any more, if a power cut was what happened.
+        if table.copy == TableCopy::Broken || now == u64::from(says) || says > 0 && !self.lies_in_file(at, self.grain) {
             return Ok(false);
         }
-        if table.set(entry, sector_number(at)) {
+        state.free.remove(at, self.grain);
+        if table.set(entry, says) {
             state.dirty.push(index);
         }
-        Ok(true)
+        Ok(says > 0)
     }
 }

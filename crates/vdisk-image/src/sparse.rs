@@ -371,6 +371,11 @@ impl Sparse {
         at < self.overhead || self.is_fixed(at, len)
     }
 
+    /// Where the directories and the descriptor are.
+    pub(crate) fn fixed_areas(&self) -> &[Range<u64>] {
+        &self.fixed
+    }
+
     /// Whether any of the bytes belong to a directory or to the descriptor. A header need not have them in its overhead.
     pub(crate) fn is_fixed(&self, at: u64, len: u64) -> bool {
         self.fixed.iter().any(|area| at < area.end && area.start < at.saturating_add(len))

@@ -15,5 +15,6 @@ mod map;
 mod memory_limits;
 mod model;
 mod opening;
+mod reuse;
 mod se_sparse;
 mod stream;

@@ -1,6 +1,7 @@
 //! Which places of a file are in use: to find what two entries name.
 
 use crate::error::{DiskError, ErrorKind};
+use crate::free::Place;
 use crate::scan::TableRun;
 use crate::sparse::Sparse;
 use roaring::RoaringTreemap;
@@ -86,11 +87,13 @@ pub(crate) struct Used<'a> {
     /// Tables and their copies.
     tables: SectorSet,
     grains: PlaceSet,
+    /// Numbers of places, in units of a grain, that are not free although no grain is there.
+    kept: RoaringTreemap,
 }
 
 impl<'a> Used<'a> {
     pub(crate) fn new(extent: &'a Sparse) -> Self {
-        Self { extent, tables: SectorSet::default(), grains: PlaceSet::new(extent.grain) }
+        Self { extent, tables: SectorSet::default(), grains: PlaceSet::new(extent.grain), kept: RoaringTreemap::new() }
     }
 
     /// Takes in the tables that a page of the directory and of its copy name. The page is in memory.
@@ -104,6 +107,7 @@ impl<'a> Used<'a> {
         let tables = || runs.iter().flat_map(|run| run.tables(bytes)).map(|(table, _)| table);
         let copies = TableRun::of(tables().filter_map(|t| Some((t, self.extent.copy_at(t)?))), bytes, u64::MAX);
         for run in runs.iter().chain(&copies) {
+            self.keep_range(run.at, run.count * bytes);
             if self.tables.insert(run.at, run.count * bytes) {
                 continue;
             }
@@ -140,6 +144,44 @@ impl<'a> Used<'a> {
             );
         }
         Ok(())
+    }
+
+    /// Keeps what the entries of a copy name that differs from its table.
+    pub(crate) fn keep(&mut self, copy: &[u8]) {
+        for (_, at) in self.extent.places(copy) {
+            self.keep_range(at, self.extent.grain);
+        }
+    }
+
+    fn keep_range(&mut self, at: u64, len: u64) {
+        let unit = self.extent.grain;
+        self.kept.insert_range(at / unit..at.saturating_add(len).div_ceil(unit));
+    }
+
+    /// The places where a grain could be and nothing is, in a file of `file_len` bytes. What they hold is not known. All tables were
+    /// taken in.
+    pub(crate) fn free(mut self, file_len: u64) -> impl Iterator<Item = Place> {
+        let unit = self.extent.grain;
+        for area in self.extent.fixed_areas() {
+            self.keep_range(area.start, area.end - area.start);
+        }
+        for sector in std::mem::take(&mut self.grains.others) {
+            self.keep_range(sector * SECTOR_SIZE, unit);
+        }
+        let frees = self.extent.frees_grains();
+        let (start, end) = (self.extent.overhead.div_ceil(unit), if frees { file_len / unit } else { 0 });
+        let used = self.grains.aligned | self.kept;
+        let mut used = used.into_iter().skip_while(move |n| *n < start).take_while(move |n| *n < end).peekable();
+        let mut next = start;
+        std::iter::from_fn(move || {
+            while used.next_if_eq(&next).is_some() {
+                next += 1;
+            }
+            let until = used.peek().copied().unwrap_or(end);
+            let place = Place { at: next * unit, len: until.saturating_sub(next) * unit, zeroed: false };
+            next = until;
+            (place.len > 0).then_some(place)
+        })
     }
 
     fn cannot_change(&self, what: &str) -> DiskError {

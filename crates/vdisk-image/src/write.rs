@@ -1,7 +1,7 @@
 //! Writing: in place where there is a grain, else into a fresh one that is shown when it is written, with what the parent has
 //! around the write.
 
-use crate::allocate::{Plan, Room, Ticket};
+use crate::allocate::{Plan, Rest, Room, Ticket};
 use crate::cache::GrainKey;
 use crate::disk::{Disk, size};
 use crate::error::{DiskError, ErrorKind};
@@ -17,13 +17,13 @@ use smallvec::SmallVec;
 struct Batch<'a> {
     runs: Runs,
     tickets: SmallVec<[Ticket<'a>; 2]>,
-    /// Parts of fresh grains that the write leaves to the parent.
+    /// Parts of fresh grains that the write does not cover.
     gaps: SmallVec<[Gap; 2]>,
     /// Grains whose cached bytes will be wrong.
     stale: SmallVec<[GrainKey; 4]>,
 }
 
-/// A part of a fresh grain that takes what is below it in the chain.
+/// A part of a fresh grain that takes what is below it in the chain, or zeroes.
 struct Gap {
     /// On the disk.
     offset: u64,
@@ -31,13 +31,16 @@ struct Gap {
     file: FileId,
     /// In the file.
     at: u64,
+    from_below: bool,
+    /// The place reads as zeroes.
+    zeroed: bool,
 }
 
 /// Parents are copied in pieces of this size.
 const COPY: u64 = 1 << 20;
 
 /// What keeps a plan from going on.
-enum Obstacle<'a> {
+pub(crate) enum Obstacle<'a> {
     Need(&'a Sparse, MetaRef),
     Wait(&'a Sparse, u64),
     Grow(&'a Sparse),
@@ -83,6 +86,11 @@ impl Disk {
                 Plan::Write { ticket: None, .. } => return Ok(0),
                 Plan::Write { len, ticket: Some(ticket), .. } => {
                     let mut batch = Batch::default();
+                    if !ticket.is_zero_filled() {
+                        let (offset, at) = (place.extent.start + place.offset, ticket.at(place.offset));
+                        let gap = Gap { offset, len, file: ticket.file(), at, from_below: false, zeroed: false };
+                        batch.gaps.push(gap);
+                    }
                     self.add_ticket(&mut batch, ticket, place, len);
                     self.write_batch(io, batch, &io.alloc(0)).await?;
                     return Ok(len);
@@ -97,7 +105,7 @@ impl Disk {
         }
     }
 
-    async fn overcome<I: FileIo>(&self, io: &I, obstacle: Obstacle<'_>) -> Result<(), DiskError> {
+    pub(crate) async fn overcome<I: FileIo>(&self, io: &I, obstacle: Obstacle<'_>) -> Result<(), DiskError> {
         match obstacle {
             Obstacle::Need(extent, meta) => self.load(io, extent, meta).await,
             Obstacle::Wait(extent, grain) => {
@@ -143,11 +151,12 @@ impl Disk {
                 continue;
             }
             // The place may hold a part of the data. On a full host, or if it was the parent that could not be read, it can be
-            // given out again once it reads as zeroes; one that could not be written is better left alone.
+            // given out again; one that could not be written is better left alone.
             let (at, len) = ticket.place();
             let full = result.as_ref().is_err_and(|e| e.kind() == ErrorKind::NoSpace);
-            if (full || !refused) && io.punch_hole(ticket.file(), at, len).await.is_ok() {
-                ticket.give_back();
+            if full || !refused {
+                let zeroed = io.punch_hole(ticket.file(), at, len).await.is_ok();
+                ticket.give_back_as(zeroed);
             }
         }
         result
@@ -159,16 +168,20 @@ impl Disk {
         })
     }
 
-    /// Copies what is below a gap into it; whether it failed by writing. The place reads as zeroes: those are not copied.
+    /// Copies what is below a gap into it, or zeroes; whether it failed by writing. Zeroes are not copied to where they are.
     async fn fill_gap<I: FileIo>(&self, io: &I, gap: &Gap) -> (Result<(), DiskError>, bool) {
         let mut done = 0;
         while done < gap.len {
             let piece = (gap.len - done).min(COPY);
             let buf = io.alloc(size(piece));
-            match self.read_below(io, gap.offset + done, piece, &buf).await {
+            let below = match gap.from_below {
+                true => self.read_below(io, gap.offset + done, piece, &buf).await,
+                false => Ok(false),
+            };
+            match below {
                 Err(e) => return (Err(e), false),
-                Ok(false) => {}
-                Ok(true) => {
+                Ok(false) if gap.zeroed => {}
+                Ok(_) => {
                     let run = Run { file: gap.file, at: gap.at + done, start: 0, len: piece, grain: None };
                     if let Err(e) = self.write_run(io, &run, &buf).await {
                         return (Err(e), true);
@@ -197,6 +210,10 @@ impl Disk {
 
     /// Extends an extent's file, so that grains can be given out in it.
     async fn grow<I: FileIo>(&self, io: &I, extent: &Sparse) -> Result<(), DiskError> {
+        // What was freed is better than what is new.
+        if self.grace.ended().is_some_and(|epoch| extent.let_go(epoch)) {
+            return Ok(());
+        }
         let Some((needed, wanted)) = extent.grow().await else { return Ok(()) };
         let mut growing = Growing { extent, len: None };
         // A limit that forbids the generous step may still allow the small one.
@@ -265,17 +282,17 @@ impl Disk {
         })
     }
 
-    /// Takes a ticket for a change of `len` bytes at a place into a batch, and what the change leaves to the parent.
+    /// Takes a ticket for a change of `len` bytes at a place into a batch, and what the change leaves of its grains.
     fn add_ticket<'a>(&self, batch: &mut Batch<'a>, ticket: Ticket<'a>, place: Place<'a>, len: u64) {
-        if !self.chain.parents.is_empty() {
-            for (offset, len, at) in ticket.gaps(place.offset, len) {
-                // The last grain may reach past the extent.
-                let len = len.min(place.extent.len.saturating_sub(offset));
-                if len > 0 {
-                    batch.gaps.push(Gap { offset: place.extent.start + offset, len, file: ticket.file(), at });
-                }
+        let (file, zeroed) = (ticket.file(), ticket.is_zero_filled());
+        for Rest { offset, len, at, from_below } in ticket.rest(place.offset, len, !self.chain.parents.is_empty()) {
+            // The last grain may reach past the extent.
+            let len = len.min(place.extent.len.saturating_sub(offset));
+            if len > 0 {
+                batch.gaps.push(Gap { offset: place.extent.start + offset, len, file, at, from_below, zeroed });
             }
         }
+        batch.stale.extend(ticket.reused_places().map(|at| (file, at)));
         batch.tickets.push(ticket);
     }
 }

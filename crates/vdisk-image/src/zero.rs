@@ -1,15 +1,19 @@
-//! Discard and write zeroes: space is given back by punching holes under grains that keep their entries.
+//! Discard and write zeroes: space is given back by punching holes, in units of the host's blocks. So it is safe at once: whatever
+//! entries a crash leaves, what was zeroed reads as zeroes.
 //!
-//! No metadata changes, so nothing can be lost by a crash, and it works in units of the host's blocks. A grain that is
-//! absent reads as zeroes already: both operations leave it so. Over a parent, write zeroes hides what the parent has by a
-//! grain that is a hole, which every version of the format can say.
+//! A whole grain then loses its entry, if no parent would show through, and its place is used again ([`crate::free`]). Other
+//! grains keep theirs. A grain that is absent reads as zeroes already: both operations leave it so. Over a parent, write zeroes hides
+//! what the parent has by a grain that is a hole, which every version of the format can say.
 
 use crate::cache::GrainKey;
 use crate::disk::{Disk, size};
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo};
-use crate::image::{Found, Mapping};
+use crate::free::Freeing;
+use crate::image::{Found, Layout, Mapping, Place};
 use crate::read::{Run, Runs, push};
+use crate::sparse::Sparse;
+use crate::write::Obstacle;
 use futures_util::future::join_all;
 use std::io;
 use std::sync::atomic::Ordering;
@@ -25,6 +29,17 @@ const BLOCK: u64 = 4096;
 
 /// Zeroes are written in pieces of this size where the host offers nothing better.
 const ZEROES: u64 = 256 << 10;
+
+/// A grain that is zeroed as a whole.
+struct Whole<'a> {
+    extent: &'a Sparse,
+    /// In the extent.
+    offset: u64,
+    /// Byte offset in the file.
+    at: u64,
+    /// Index of the run that zeroes it.
+    run: usize,
+}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Zeroing {
@@ -56,7 +71,9 @@ impl Disk {
         while done < len {
             let mut runs = Runs::new();
             let mut stale: Vec<GrainKey> = Vec::new();
-            let enough = len.min(done + BYTES_AT_ONCE);
+            let mut whole: Vec<Whole<'_>> = Vec::new();
+            // Up to a multiple, which splits no grain.
+            let enough = len.min((offset + done + BYTES_AT_ONCE) / BYTES_AT_ONCE * BYTES_AT_ONCE - offset);
             while done < enough && runs.len() < AT_ONCE {
                 let place = self.chain.top.locate(offset + done, enough - done)?;
                 place.check_writable()?;
@@ -81,6 +98,9 @@ impl Disk {
                     Mapping::Data { file, offset: at, len, grain } => {
                         push(&mut runs, Run { file, at, start: done, len, grain });
                         stale.extend(grain.map(|g| (file, g.start)));
+                        if let Some(extent) = self.covers_grain(place, len, how) {
+                            whole.push(Whole { extent, offset: place.offset, at, run: runs.len() - 1 });
+                        }
                         done += len;
                     }
                 }
@@ -92,13 +112,45 @@ impl Disk {
             for key in stale {
                 self.cache.forget(key);
             }
-            results.into_iter().collect::<Result<(), _>>()?;
+            let punched = results.into_iter().collect::<Result<Vec<bool>, _>>()?;
+            for grain in whole {
+                let punched = punched.get(grain.run).copied().unwrap_or(false);
+                // Zeroes that were written are gone with their place, and would have to be again: not before a flush.
+                if punched || how == Zeroing::Discard {
+                    self.free(io, &grain, punched).await?;
+                }
+            }
         }
         Ok(())
     }
 
-    async fn zero_run<I: FileIo>(&self, io: &I, run: &Run, how: Zeroing) -> Result<(), DiskError> {
-        let Some(file) = self.file(run.file) else { return Ok(()) };
+    /// The extent, if `len` bytes at this place are a whole grain of it that may lose its entry.
+    fn covers_grain<'a>(&self, place: Place<'a>, len: u64, how: Zeroing) -> Option<&'a Sparse> {
+        let Layout::Sparse(extent) = &place.extent.layout else { return None };
+        let is_last = place.offset + len == place.extent.len;
+        let is_whole = place.offset.is_multiple_of(extent.grain) && (len == extent.grain || is_last);
+        let may = how != Zeroing::Keep && self.chain.parents.is_empty() && extent.frees_grains();
+        (is_whole && may).then_some(&**extent)
+    }
+
+    async fn free<I: FileIo>(&self, io: &I, grain: &Whole<'_>, zeroed: bool) -> Result<(), DiskError> {
+        loop {
+            let obstacle = match grain.extent.free(grain.offset, grain.at, zeroed) {
+                Freeing::Done => return Ok(()),
+                Freeing::Reserve(room) => Obstacle::Reserve(grain.extent, room),
+                Freeing::Flush => Obstacle::Flush,
+            };
+            match self.overcome(io, obstacle).await {
+                // Its table cannot change: it keeps its entry.
+                Err(e) if e.kind() == ErrorKind::NoSpace => return Ok(()),
+                result => result?,
+            }
+        }
+    }
+
+    /// Whether the run is a hole now.
+    async fn zero_run<I: FileIo>(&self, io: &I, run: &Run, how: Zeroing) -> Result<bool, DiskError> {
+        let Some(file) = self.file(run.file) else { return Ok(false) };
         let failed = |what: &str, e: io::Error| {
             DiskError::host(format!("{what} {} bytes at {} of {}", run.len, run.at, file.name), e)
         };
@@ -114,20 +166,21 @@ impl Disk {
                     );
                     file.cannot_punch.store(true, Ordering::Relaxed);
                 }
-                result => return result.map_err(|e| failed("punch a hole of", e)),
+                result => return result.map(|()| true).map_err(|e| failed("punch a hole of", e)),
             }
         }
         if how == Zeroing::Discard {
-            return Ok(());
+            return Ok(false);
         }
         if !file.cannot_zero.load(Ordering::Relaxed) {
             match io.zero_range(run.file, run.at, run.len).await {
                 Err(e) if e.kind() == io::ErrorKind::Unsupported && !whole_blocks => {}
                 Err(e) if e.kind() == io::ErrorKind::Unsupported => file.cannot_zero.store(true, Ordering::Relaxed),
-                result => return result.map_err(|e| failed("zero", e)),
+                result => return result.map(|()| false).map_err(|e| failed("zero", e)),
             }
         }
-        self.write_zero_bytes(io, run.file, run.at, run.len).await.map_err(|e| failed("write zeroes to", e))
+        let written = self.write_zero_bytes(io, run.file, run.at, run.len).await;
+        written.map(|()| false).map_err(|e| failed("write zeroes to", e))
     }
 
     async fn write_zero_bytes<I: FileIo>(&self, io: &I, file: FileId, at: u64, len: u64) -> io::Result<()> {

@@ -30,12 +30,37 @@ struct History {
 
 type Histories = Rc<RefCell<Vec<History>>>;
 
-async fn work(task: u64, disk: Rc<Disk>, memory: Rc<Memory>, all: Histories, random: Random) {
+/// What tasks have to themselves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Share {
+    /// A few sectors, which share their grains with those of others.
+    Sectors,
+    /// Whole grains: these lose their places, which others get.
+    Grains,
+}
+
+/// First sector and number of sectors of the next request, and whether it is of all that the task has there.
+fn range(share: Share, task: u64, random: &Random) -> (u64, u64, bool) {
+    match share {
+        // Some that are close together and some that are far apart: shared grains, many tables.
+        Share::Sectors => {
+            let spread = if random.below(3) == 0 { SECTORS as u64 } else { 512 };
+            ((random.below(spread / TASKS / 4) * TASKS + task) * 4, 1 + random.below(4), false)
+        }
+        Share::Grains => {
+            let spread = if random.below(5) == 0 { SECTORS as u64 / 128 } else { 16 };
+            let unit = (random.below(spread / TASKS) * TASKS + task) * 128;
+            match random.below(2) {
+                0 => (unit, 128, true),
+                _ => (unit + random.below(120), 1 + random.below(8), false),
+            }
+        }
+    }
+}
+
+async fn work(task: u64, disk: Rc<Disk>, memory: Rc<Memory>, all: Histories, random: Random, share: Share) {
     for n in 0..25 {
-        // A few sectors that are close together and some that are far apart: shared grains, many tables.
-        let spread = if random.below(3) == 0 { SECTORS as u64 } else { 512 };
-        let first = (random.below(spread / TASKS / 4) * TASKS + task) * 4;
-        let count = 1 + random.below(4);
+        let (first, count, is_whole) = range(share, task, &random);
         let range = first as usize..(first + count) as usize;
         if random.below(5) == 0 {
             let before: Vec<usize> = all.borrow().iter().map(|h| h.answered).collect();
@@ -47,18 +72,23 @@ async fn work(task: u64, disk: Rc<Disk>, memory: Rc<Memory>, all: Histories, ran
             }
             continue;
         }
-        let zero = random.below(8) == 0;
+        let zero = random.below(if is_whole { 2 } else { 8 }) == 0;
+        let op = if is_whole && random.below(2) == 0 { Op::Discard } else { Op::WriteZeroes };
         let value = if zero { 0 } else { (task + 1) << 32 | n << 8 | 1 };
         for h in &mut all.borrow_mut()[range.clone()] {
             h.values.push(value);
         }
         let result = if zero {
-            request(&disk, &memory, Op::WriteZeroes, first * 512, count * 512, &RefCell::default()).await
+            request(&disk, &memory, op, first * 512, count * 512, &RefCell::default()).await
         } else {
             write(&disk, &memory, first * 512, &sector(value).repeat(count as usize)).await
         };
         if result.is_err() {
             return;
+        }
+        // A discard promises nothing: what was there before may be seen again.
+        if zero && op == Op::Discard {
+            continue;
         }
         for h in &mut all.borrow_mut()[range] {
             h.answered = h.values.len() - 1;
@@ -103,6 +133,8 @@ async fn opening(memory: &Memory, ledger: &Arc<dyn LedgerMemory>) -> Result<Disk
 fn case(shape: Shape, seed: u64, end: End) {
     let random = Random::new(seed);
     let memory = Rc::new(Memory::new(image(shape), seed));
+    let share = if random.below(2) == 0 { Share::Sectors } else { Share::Grains };
+    memory.cannot_punch.set(random.below(4) == 0);
     let ledger = survivor();
     let disk = Rc::new(open_with_ledger(&memory, &ledger).unwrap());
     memory.dead_from_call.set(memory.calls() + random.below(300));
@@ -110,8 +142,9 @@ fn case(shape: Shape, seed: u64, end: End) {
     for (h, before) in all.borrow_mut().iter_mut().zip(content(shape).chunks(512)) {
         h.values.push(before.iter().take(8).rev().fold(0, |value, byte| value << 8 | u64::from(*byte)));
     }
-    let tasks = (0..TASKS)
-        .map(|t| work(t, Rc::clone(&disk), Rc::clone(&memory), Rc::clone(&all), Random::new(seed ^ (t + 1) << 40)));
+    let tasks = (0..TASKS).map(|t| {
+        work(t, Rc::clone(&disk), Rc::clone(&memory), Rc::clone(&all), Random::new(seed ^ (t + 1) << 40), share)
+    });
     match end {
         End::PowerCut => run_all(tasks),
         End::Kill => {
