@@ -108,8 +108,14 @@ fn serve(args: &Args, held: signals::Held, session: &Arc<Mutex<Session>>) -> Res
         });
     }
     let closed = if may_close { image.close() } else { image.flush() };
-    if let (Err(_), Err(also)) = (&served, &closed) {
-        tracing::error!("{}: {also}", path.display());
+    if let (Err(first), Err(also)) = (&served, &closed) {
+        // Of a poisoned image the device could not be flushed either: that is the consequence, and not why.
+        if image.disk.is_poisoned() {
+            tracing::error!("{}: {first}", path.display());
+            served = Ok(());
+        } else {
+            tracing::error!("{}: {also}", path.display());
+        }
     }
     let failure = lock(session).failure.take();
     failure.map_or(served, Err).and(closed)

@@ -103,13 +103,20 @@ impl Lab {
 
     /// Whether the device mapper and one of its targets are there. In a VM they have to be.
     pub(crate) fn has_device_mapper(&self, target: &str) -> bool {
-        let there =
-            self.try_sh(&format!("modprobe -q dm-{target}; dmsetup targets | grep -qw ^{target}")).status.success();
+        let there = self
+            .try_sh(&format!("modprobe -aq dm-mod dm-{target} || true; dmsetup targets | grep -qw ^{target}"))
+            .status
+            .success();
         assert!(there || std::env::var_os("VDISK_VM").is_none(), "no dm-{target}, or no dmsetup");
         if !there {
             println!("skipped: this kernel has no dm-{target}");
         }
         there
+    }
+
+    /// Says that the kernel will speak of failed I/O, on purpose.
+    pub(crate) fn allow_errors(&self) {
+        self.sh("echo 'I/O error|lost async page write|Other side returned error|critical .* error|EXT4-fs warning' >> ${VDISK_VM_ALLOW:-/dev/null}");
     }
 
     pub(crate) fn sha256(&self, file: &str) -> String {
