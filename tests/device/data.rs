@@ -1,6 +1,6 @@
 //! The bytes are right, by the word of programs that are not ours.
 
-use crate::lab::Lab;
+use crate::lab::{Lab, listed, text, transport};
 
 /// Random writes of 4 KiB and of odd sizes on every writable subformat, verified by fio, then compared by qemu-img.
 #[test]
@@ -82,6 +82,10 @@ fn a_full_host_is_an_error_and_not_a_broken_image() {
     lab.sh("echo 'I/O error, dev (nbd|ublkb)|Other side returned error|critical (space allocation|target) error' >> ${VDISK_VM_ALLOW:-/dev/null}");
     let full = lab.try_sh(&format!("dd if=/dev/urandom of={disk} bs=1M seek=16 count=64 oflag=direct"));
     assert!(!full.status.success(), "64 MiB fit into 24");
+    // The kernel's nbd and loop drivers make EIO of every error.
+    let said = text(&full.stderr);
+    assert!(transport() != "ublk" || said.contains("No space left on device"), "{said}");
+    assert_eq!(listed(&lab)[0]["state"], "live");
     lab.sh(&format!("dd if={disk} bs=1M count=8 iflag=direct | cmp - data"));
     lab.sh("mount -o remount,size=200M small");
     lab.sh(&format!("dd if=data of={disk} bs=1M seek=100 oflag=direct conv=fsync,notrunc"));

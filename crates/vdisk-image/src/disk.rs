@@ -70,6 +70,11 @@ impl Disk {
         self.rounds.is_poisoned()
     }
 
+    /// Waits until [`Disk::is_poisoned`], and answers why. On any executor.
+    pub async fn poisoned(&self) -> Arc<str> {
+        self.rounds.poisoned().await
+    }
+
     /// Serves one request. `buf` holds at least `request.len()` bytes from its byte 0 on for reads and writes and is
     /// not looked at otherwise.
     ///
@@ -151,6 +156,7 @@ impl Disk {
                 if let (Some(ledger), false) = (&self.ledger, nothing_lost) {
                     ledger.void();
                 }
+                round.failed(&error);
                 Err(error)
             }
         }
@@ -164,13 +170,13 @@ impl Disk {
     }
 
     fn check_poison(&self) -> Result<(), DiskError> {
-        if !self.is_poisoned() {
-            return Ok(());
+        match self.rounds.why_poisoned() {
+            None => Ok(()),
+            Some(why) => Err(DiskError::new(
+                ErrorKind::Poisoned,
+                format!("no more changes until the image is attached again, since an earlier flush failed: {why}"),
+            )),
         }
-        Err(DiskError::new(
-            ErrorKind::Poisoned,
-            "an earlier write or sync failed: no more changes until the image is attached again",
-        ))
     }
 
     /// Reads a piece of metadata into memory, or waits while another task does. The caller looks again afterwards.

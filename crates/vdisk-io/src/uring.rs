@@ -94,7 +94,7 @@ impl<R: Ring> UringIo<R> {
             // SAFETY: the memory lies in `buf` (`Transfer::next_piece`), of which the ring keeps a handle. The descriptor
             // belongs to a file of the set, which `self` keeps and the future borrows.
             let answer = unsafe { self.ring.submit(sqe.flags(flags), Some(buf.clone())) }.await;
-            transfer.advance(piece, direct, answer.into())?;
+            transfer.advance(piece, direct, answer.into()).map_err(|e| host_file.failed(piece, e))?;
         }
         Ok(())
     }
@@ -153,7 +153,8 @@ impl<R: Ring> FileIo for UringIo<R> {
     async fn sync_data(&self, file: FileId) -> io::Result<()> {
         let f = self.files.find(file)?;
         let sqe = |fd| opcode::Fsync::new(fd).flags(types::FsyncFlags::DATASYNC).build();
-        self.control(file, f, sqe).await.map_err(io::Error::from_raw_os_error)
+        self.control(file, f, sqe).await.map_err(io::Error::from_raw_os_error)?;
+        f.check_whole()
     }
 
     async fn punch_hole(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
@@ -198,15 +199,15 @@ mod tests {
         }
     }
 
-    fn scripted(answers: &[i32]) -> (UringIo<Script>, FileId) {
+    fn scripted(answers: &[i32]) -> (UringIo<Script>, FileId, tempfile::NamedTempFile) {
         let image = tempfile::NamedTempFile::new().unwrap();
         let (files, id) = HostFiles::open(image.path(), OpenMode::default()).unwrap();
-        (UringIo::new(Script(RefCell::new(answers.to_vec().into())), files.into_set()), id)
+        (UringIo::new(Script(RefCell::new(answers.to_vec().into())), files.into_set()), id, image)
     }
 
     #[test]
     fn short_transfers_and_interruptions_are_continued() {
-        let (io, id) = scripted(&[3, -libc::EINTR, -libc::EAGAIN, 1, 6, 10]);
+        let (io, id, _image) = scripted(&[3, -libc::EINTR, -libc::EAGAIN, 1, 6, 10]);
         let buf = Buf::new(10);
         block_on(io.read_at(id, &buf, 0..10, 0)).unwrap();
         block_on(io.write_at(id, &buf, 0..10, 0)).unwrap();
@@ -215,7 +216,8 @@ mod tests {
 
     #[test]
     fn what_the_host_cannot_is_unsupported_and_other_errors_are_its_own() {
-        let (io, id) = scripted(&[-libc::EOPNOTSUPP, -libc::ENOSYS, -libc::EINTR, 0, -libc::EIO, -libc::ENOSPC]);
+        let (io, id, _image) =
+            scripted(&[-libc::EOPNOTSUPP, -libc::ENOSYS, -libc::EINTR, 0, -libc::EIO, -libc::ENOSPC]);
         assert_eq!(block_on(io.punch_hole(id, 0, 1)).unwrap_err().kind(), io::ErrorKind::Unsupported);
         assert_eq!(block_on(io.zero_range(id, 0, 1)).unwrap_err().kind(), io::ErrorKind::Unsupported);
         block_on(io.sync_data(id)).unwrap();
