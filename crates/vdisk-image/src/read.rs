@@ -129,7 +129,7 @@ impl Disk {
 
     async fn read_run<I: FileIo>(&self, io: &I, run: &Run, buf: &I::Buf) -> Result<(), DiskError> {
         if let Some(grain) = run.grain.filter(|g| g.whole && run.len < g.len && g.len <= MAX_GRAIN) {
-            match self.cache.look_up((run.file, grain.start), size(grain.len)) {
+            match self.cache.look_up((run.file, grain.start), size(grain.len), size(run.len)) {
                 Cached::Hit(bytes) => {
                     let skip = size(run.at - grain.start);
                     if let Some(part) = bytes.get(skip..skip + size(run.len)) {
