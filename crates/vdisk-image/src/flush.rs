@@ -210,10 +210,11 @@ async fn run_one<I: FileIo>(io: &I, step: &Step, name: &impl Fn(FileId) -> Strin
         }
         Step::Write { file, offset, bytes } => {
             let buf = io.alloc(bytes.len());
-            io.copy_in(&buf, 0, bytes);
-            io.write_at(*file, &buf, 0..bytes.len(), *offset).await.map_err(|e| {
+            let failed = |e| {
                 DiskError::host(format!("write {} bytes of metadata at {offset} of {}", bytes.len(), name(*file)), e)
-            })
+            };
+            io.copy_in(&buf, 0, bytes).map_err(failed)?;
+            io.write_at(*file, &buf, 0..bytes.len(), *offset).await.map_err(failed)
         }
         Step::SetLen { file, len } => {
             let what = || format!("cut {} to {len} bytes", name(*file));

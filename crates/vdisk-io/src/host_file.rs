@@ -17,6 +17,7 @@ use vdisk_image::Stored;
 use crate::buf::Buf;
 use crate::direct::Direct;
 use crate::locks::Locked;
+use crate::pages::RingBuf;
 use crate::transfer::{Direction, Piece, Transfer, check_range};
 use crate::window::Window;
 
@@ -298,13 +299,13 @@ impl HostFile {
     /// # Errors
     ///
     /// As of [`HostFile::read_exact_at`] and [`HostFile::write_all_at`], as far as they can be known before.
-    pub(crate) fn transfer<'a>(
+    pub(crate) fn transfer<'a, B: RingBuf>(
         &self,
         direction: Direction,
-        buf: &'a Buf,
+        buf: &'a B,
         part: Range<usize>,
         offset: u64,
-    ) -> io::Result<Transfer<'a>> {
+    ) -> io::Result<Transfer<'a, B>> {
         let len = part.len() as u64;
         self.check_cut()?;
         let offset = match direction {
