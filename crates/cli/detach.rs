@@ -98,8 +98,11 @@ fn detach(dir: &StateDir, state: State, force: bool) -> Result<()> {
     // Held until the server has gone, so that nobody mounts it in between.
     let claim = if force { None } else { claim(&state)? };
     // Nobody else has it open: what was written to it and not flushed waits in its page cache. The kernel writes it when a device
-    // is closed, or taken away, but a loop device's server would be gone by then.
-    if let Some(Err(e)) = claim.as_ref().map(File::sync_all) {
+    // is closed, or taken away, but a loop device's server would be gone by then. A poisoned image takes none of it, now or later.
+    let flushed = claim.as_ref().map(File::sync_all);
+    if let Some(Err(e)) = flushed
+        && !is_poisoned(dir, &state)
+    {
         let failure = Failure::doing(format_args!("flush {}", state.device.display()), &e);
         return Err(failure.hint(format_args!("{}; --force detaches it all the same", log_of(&state))));
     }
@@ -142,6 +145,12 @@ fn detach(dir: &StateDir, state: State, force: bool) -> Result<()> {
             Err(Failure::new(text).hint(format_args!("vdisk recover {}; {}", left.image, log_of(&left))))
         }
     }
+}
+
+/// Whether a sync of the image has failed, by now: the state may be older.
+fn is_poisoned(dir: &StateDir, state: &State) -> bool {
+    state.poisoned.is_some()
+        || dir.lock().is_ok_and(|books| books.reread(state).is_some_and(|now| now.poisoned.is_some()))
 }
 
 /// The server is dead; the device may still be there.

@@ -26,8 +26,10 @@ struct Entry<'a> {
     size: u64,
     read_only: bool,
     pid: u32,
-    /// `live`, `dead`, or `starting`: the device is there but cannot be used yet.
+    /// `live`, `dead`, `poisoned` (a sync failed: nothing more is written), or `starting`: the device is there but cannot be used yet.
     state: &'static str,
+    /// Why it is dead or poisoned, if its process could say.
+    error: Option<&'a str>,
     log: &'a str,
 }
 
@@ -41,6 +43,7 @@ impl<'a> Entry<'a> {
             read_only: state.read_only,
             pid: state.pid,
             state: state.word(),
+            error: state.reason(),
             log: &state.log,
         }
     }

@@ -200,7 +200,7 @@ impl Opened {
     /// Flushes, and marks the image clean. Nobody may use the disk any more.
     pub(crate) fn close(&self) -> Result<()> {
         let io = BlockingIo::new(Arc::clone(&self.files));
-        block_on(self.disk.close(&io)).map_err(|e| Failure::doing("close", &e))?;
+        block_on(self.disk.close(&io)).map_err(|e| Failure::doing("the image could not be closed", &e))?;
         self.forget_ledger();
         Ok(())
     }

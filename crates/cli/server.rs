@@ -2,7 +2,9 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::{env, fs};
+use std::{env, fs, thread};
+
+use vdisk_io::block_on;
 
 use crate::attach::Args;
 use crate::failure::{Failure, Result};
@@ -93,6 +95,7 @@ fn serve(args: &Args, held: signals::Held, session: &Arc<Mutex<Session>>) -> Res
         lock(session).reporter.notice(notice);
     }
 
+    watch_for_poison(&image, session)?;
     let mut served = Ok(());
     let mut may_close = true;
     if !stop.is_given() {
@@ -105,11 +108,31 @@ fn serve(args: &Args, held: signals::Held, session: &Arc<Mutex<Session>>) -> Res
         });
     }
     let closed = if may_close { image.close() } else { image.flush() };
-    if let (Err(_), Err(also)) = (&served, &closed) {
-        tracing::error!("{}: {also}", path.display());
+    if let (Err(first), Err(also)) = (&served, &closed) {
+        // Of a poisoned image the device could not be flushed either: that is the consequence, and not why.
+        if image.disk.is_poisoned() {
+            tracing::error!("{}: {first}", path.display());
+            served = Ok(());
+        } else {
+            tracing::error!("{}: {also}", path.display());
+        }
     }
     let failure = lock(session).failure.take();
     failure.map_or(served, Err).and(closed)
+}
+
+/// Has the books say when a sync has failed, from a thread of its own: whoever serves must not wait for the books.
+fn watch_for_poison(image: &Opened, session: &Arc<Mutex<Session>>) -> Result<()> {
+    let (disk, session) = (Arc::clone(&image.disk), Arc::clone(session));
+    let watch = move || {
+        let why = block_on(disk.poisoned());
+        tracing::error!("nothing more is written to the image until it is attached again: {why}");
+        if let Err(failure) = lock(&session).poisoned(&why) {
+            tracing::error!("{failure}");
+        }
+    };
+    let started = thread::Builder::new().name("poison".to_owned()).spawn(watch);
+    started.map(drop).map_err(|e| Failure::doing("start a thread", &e))
 }
 
 /// What enters a device in the books and reports it; on a failure, the device is not wanted any more.
@@ -164,6 +187,13 @@ impl Session {
         books.write(&state)?;
         self.state = Some(state);
         Ok(())
+    }
+
+    /// A sync has failed. There is no state any more once the process ends.
+    fn poisoned(&mut self, why: &str) -> Result<()> {
+        let Some(state) = &mut self.state else { return Ok(()) };
+        state.poisoned = Some(why.to_owned());
+        self.dir.lock()?.update(state)
     }
 
     /// The device can be used: reports it.

@@ -35,6 +35,9 @@ pub(crate) struct State {
     pub(crate) log: String,
     /// Whether the device can be used. Until then the file is there so that the device is known if the process dies.
     pub(crate) ready: bool,
+    /// Why the image takes no more changes, if it does not: a sync failed.
+    #[serde(default)]
+    pub(crate) poisoned: Option<String>,
     /// Why the process ended in failure.
     pub(crate) error: Option<String>,
     /// After such a failure: whether the process took the device away, whose number others may have by now.
@@ -58,6 +61,7 @@ impl State {
             start_time,
             log,
             ready: false,
+            poisoned: None,
             error: None,
             device_gone: false,
         })
@@ -84,13 +88,19 @@ impl State {
         ServerId { pid: self.pid, start_time: self.start_time, image: &self.image }
     }
 
-    /// For `list`: `live`, `dead`, or `starting`, which is what a device is before it can be used.
+    /// For `list`: `live`, `dead`, `poisoned` (it is only read any more), or `starting`, which is what a device is before it can be used.
     pub(crate) fn word(&self) -> &'static str {
         match (self.is_live(), self.ready) {
+            (true, true) if self.poisoned.is_some() => "poisoned",
             (true, true) => "live",
             (true, false) => "starting",
             (false, _) => "dead",
         }
+    }
+
+    /// Why it is not live, as far as its process could say.
+    pub(crate) fn reason(&self) -> Option<&str> {
+        self.error.as_deref().or(self.poisoned.as_deref())
     }
 
     fn is_of_same_process(&self, other: &Self) -> bool {
@@ -313,7 +323,11 @@ mod tests {
         let live = State { ready: true, ..starting.clone() };
         let failed = State { error: Some("EIO".into()), ..live.clone() };
         let killed = State { start_time: 1, ..starting.clone() };
-        assert_eq!([&starting, &live, &failed, &killed].map(State::word), ["starting", "live", "dead", "dead"]);
+        let poisoned = State { poisoned: Some("sync: EIO".into()), ..live.clone() };
+        let words = [&starting, &live, &failed, &killed, &poisoned].map(State::word);
+        assert_eq!(words, ["starting", "live", "dead", "dead", "poisoned"]);
+        let reasons = [&live, &failed, &poisoned].map(State::reason);
+        assert_eq!(reasons, [None, Some("EIO"), Some("sync: EIO")]);
     }
 
     #[test]

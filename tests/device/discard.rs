@@ -1,6 +1,13 @@
 //! Discard and write zeroes: what the kernel sends, and that space comes back.
 
-use crate::lab::{Lab, transport};
+use crate::lab::{Lab, setting, transport};
+
+/// What a file extended at once may be longer than what is in it.
+const GROWTH: u64 = 16 << 20;
+
+fn mib(default: u64) -> u64 {
+    setting("VDISK_DISCARD_MIB").unwrap_or(default)
+}
 
 #[test]
 fn fstrim_after_deleting_gives_the_space_back() {
@@ -12,12 +19,14 @@ fn fstrim_after_deleting_gives_the_space_back() {
         let disk = &device.path;
         lab.sh(&format!("{mkfs} -q {disk}; mount {disk} mnt"));
         let empty = lab.space("disk.vmdk");
-        lab.sh("dd if=/dev/urandom of=mnt/file bs=1M count=200 conv=fsync");
+        let mib = mib(200);
+        lab.sh(&format!("dd if=/dev/urandom of=mnt/file bs=1M count={mib} conv=fsync"));
         let full = lab.space("disk.vmdk");
-        assert!(full > empty + (190 << 20), "{mkfs}: {empty} {full}");
+        assert!(full > empty + (mib << 20) / 20 * 19, "{mkfs}: {empty} {full}");
         // Mounted anew: what was freed a moment ago may still be busy.
         lab.sh(&format!("rm mnt/file; umount mnt; mount {disk} mnt; fstrim -v mnt; umount mnt"));
         let trimmed = lab.space("disk.vmdk");
+        println!("{mkfs}: {empty} bytes, with {mib} MiB written {full}, trimmed {trimmed}");
         assert!(trimmed < full / 4, "{mkfs}: {full} bytes became {trimmed} only");
         device.detach();
         let checked = lab.sh("qemu-img check disk.vmdk");
@@ -27,6 +36,57 @@ fn fstrim_after_deleting_gives_the_space_back() {
         device.detach();
         lab.sh("rm disk.vmdk");
     }
+}
+
+impl Lab {
+    /// Writes and deletes and trims in an ext4 on an image: the image's space on the host and its length, after each round's writing.
+    fn trim_in_rounds(&self, image: &str) -> Vec<(u64, u64)> {
+        let device = self.attach(image);
+        self.sh(&format!("mkdir -p mnt; mkfs.ext4 -q {disk}; mount {disk} mnt", disk = device.path));
+        let mut sizes = Vec::new();
+        for round in 0..setting("VDISK_DISCARD_ROUNDS").unwrap_or(8) {
+            let file = format!("mnt/file{round}");
+            self.sh(&format!("dd if=/dev/urandom of={file} bs=1M count={} conv=fsync", mib(64)));
+            let length = self.sh(&format!("stat -c %s {image}")).parse().unwrap();
+            sizes.push((self.space(image), length));
+            self.sh(&format!("rm {file}; sync -f mnt; fstrim mnt"));
+        }
+        self.sh("umount mnt");
+        device.detach();
+        println!("bytes on the host, length: {sizes:?}");
+        self.sh(&format!("$vdisk check {image}"));
+        sizes
+    }
+}
+
+/// What a workload frees is used again: after the first rounds the image grows neither on the host nor in length.
+#[test]
+fn writing_deleting_and_trimming_in_rounds_does_not_grow_the_image() {
+    let lab = Lab::new();
+    lab.vmdk("disk.vmdk", "2G");
+    let sizes = lab.trim_in_rounds("disk.vmdk");
+    let peak = |of: &[(u64, u64)], which: fn(&(u64, u64)) -> u64| of.iter().map(which).max().unwrap();
+    let (first, later) = sizes.split_at(3);
+    let (space, length) = (peak(first, |s| s.0), peak(first, |s| s.1));
+    assert!(peak(later, |s| s.0) <= space / 10 * 11, "bytes on the host: {sizes:?}");
+    assert!(peak(later, |s| s.1) <= (length / 10 * 11).next_multiple_of(GROWTH), "length: {sizes:?}");
+}
+
+/// A host that cannot punch holes gets no space back, but the image does not grow for ever.
+#[test]
+fn where_no_hole_can_be_punched_what_was_freed_is_used_again() {
+    let lab = Lab::new();
+    if !lab.mounts("vfat") {
+        println!("skipped: this kernel has no vfat");
+        return;
+    }
+    lab.sh("mkdir host; truncate -s 2G host.img; mkfs.vfat host.img; mount -o loop host.img host");
+    lab.vmdk("host/disk.vmdk", "2G");
+    let sizes = lab.trim_in_rounds("host/disk.vmdk");
+    let (first, later) = sizes.split_at(3);
+    let length = first.iter().map(|s| s.1).max().unwrap();
+    assert!(later.iter().all(|s| s.1 <= (length / 10 * 11).next_multiple_of(GROWTH)), "length: {sizes:?}");
+    lab.sh("umount host");
 }
 
 /// The request that one call makes, as the server saw it. The claims of kernel-notes/discard.md.

@@ -12,6 +12,11 @@ pub(crate) fn transport() -> String {
         .expect("VDISK_TRANSPORT names the transport to test: see tests/vm/run and tests/device/native")
 }
 
+/// Options of attach that make up the mode under test, if it is not the default one.
+fn mode() -> String {
+    std::env::var("VDISK_MODE").unwrap_or_default()
+}
+
 /// A directory of the test's own on a file system that punches holes.
 pub(crate) struct Lab(tempfile::TempDir, Instant);
 
@@ -40,6 +45,8 @@ impl Lab {
         bash.args(["--kill-after=5", "300", "bash", "-euo", "pipefail", "-c", script])
             .current_dir(self.path())
             .env("vdisk", VDISK)
+            // There is no udev in a VM: dmsetup makes the nodes itself.
+            .env("DM_DISABLE_UDEV", "1")
             .stdin(Stdio::null());
         bash.output().unwrap()
     }
@@ -60,9 +67,9 @@ impl Lab {
         self.try_sh(&format!("$vdisk {args}"))
     }
 
-    /// Attaches over the transport under test.
+    /// Attaches over the transport under test, in the mode under test.
     pub(crate) fn attach(&self, args: &str) -> Device<'_> {
-        self.attach_as(&format!("--transport {} {args}", transport()))
+        self.attach_as(&format!("--transport {} {} {args}", transport(), mode()))
     }
 
     /// Attaches with just these arguments.
@@ -72,7 +79,7 @@ impl Lab {
 
     /// Attaches over the transport under test, and has every request logged.
     pub(crate) fn attach_traced(&self, args: &str) -> Device<'_> {
-        self.attach_in("VDISK_LOG=trace", &format!("--transport {} {args}", transport()))
+        self.attach_in("VDISK_LOG=trace", &format!("--transport {} {} {args}", transport(), mode()))
     }
 
     fn attach_in(&self, environment: &str, args: &str) -> Device<'_> {
@@ -97,6 +104,24 @@ impl Lab {
     pub(crate) fn space(&self, files: &str) -> u64 {
         let kib = self.sh(&format!("sync; du -ck {files} | tail -n1 | cut -f1"));
         kib.parse::<u64>().unwrap() * 1024
+    }
+
+    /// Whether the device mapper and one of its targets are there. In a VM they have to be.
+    pub(crate) fn has_device_mapper(&self, target: &str) -> bool {
+        let there = self
+            .try_sh(&format!("modprobe -aq dm-mod dm-{target} || true; dmsetup targets | grep -qw ^{target}"))
+            .status
+            .success();
+        assert!(there || std::env::var_os("VDISK_VM").is_none(), "no dm-{target}, or no dmsetup");
+        if !there {
+            println!("skipped: this kernel has no dm-{target}");
+        }
+        there
+    }
+
+    /// Says that the kernel will speak of failed I/O, on purpose.
+    pub(crate) fn allow_errors(&self) {
+        self.sh("echo 'I/O error|lost async page write|Other side returned error|critical .* error|EXT4-fs warning' >> ${VDISK_VM_ALLOW:-/dev/null}");
     }
 
     pub(crate) fn sha256(&self, file: &str) -> String {
@@ -153,6 +178,36 @@ impl Drop for Device<'_> {
             let output = self.lab.vdisk(&format!("detach --force {}", self.path));
             eprintln!("{}", text(&output.stderr));
         }
+    }
+}
+
+/// A number that an environment variable sets.
+pub(crate) fn setting(name: &str) -> Option<u64> {
+    let text = std::env::var(name).ok()?;
+    Some(text.parse().unwrap_or_else(|e| panic!("{name}: {e}")))
+}
+
+/// Numbers that look random: splitmix64.
+pub(crate) struct Random(pub(crate) u64);
+
+impl Random {
+    /// From `VDISK_SEED`, or the time; printed.
+    pub(crate) fn seeded() -> Self {
+        let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64;
+        let seed = setting("VDISK_SEED").unwrap_or_else(now);
+        println!("VDISK_SEED={seed}");
+        Self(seed)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let z = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let z = (z ^ z >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ z >> 31
+    }
+
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
     }
 }
 

@@ -4,9 +4,9 @@
 //! (CID) and "Hosted Sparse Extents" (uncleanShutdown).
 
 use crate::disk::{Disk, size};
-use crate::error::{DiskError, ErrorKind};
+use crate::error::{DiskError, ErrorKind, chain};
 use crate::file_io::{FileId, FileIo};
-use crate::flush::{self, Step};
+use crate::flush::{self, Failed, Step};
 use crate::free::{LOOKS, MOST_INTERVALS};
 use crate::scan::TableRun;
 use crate::sparse::{MetaRef, Sparse};
@@ -130,9 +130,20 @@ impl Disk {
             self.mend_copies(io, extent).await?;
         }
         let steps = first.steps(self.chain.top.writable_sparse().filter_map(Sparse::free_sector_step));
-        flush::run(io, &steps, |f| self.name(f)).await?;
+        self.run_at_once(io, &steps).await?;
         first.happened.store(true, Ordering::Release);
         Ok(())
+    }
+
+    /// Runs steps outside of a flush. A sync that fails among them poisons as one of a flush does.
+    async fn run_at_once<I: FileIo>(&self, io: &I, steps: &[Step]) -> Result<(), DiskError> {
+        let ran = flush::run(io, steps, |f| self.name(f)).await;
+        ran.map_err(|Failed { error, nothing_lost }| {
+            if !nothing_lost {
+                self.rounds.poison(chain(&error));
+            }
+            error
+        })
     }
 
     /// Looks through all tables of an extent for the first byte behind everything that is used, for places that nothing names, and for
@@ -237,7 +248,7 @@ impl Disk {
                 }
                 count += 1;
                 let step = Step::Write { file: extent.file, offset: copy_at, bytes: primary };
-                flush::run(io, &[step], |f| self.name(f)).await?;
+                self.run_at_once(io, &[step]).await?;
             }
         }
         if count > 0 {

@@ -4,7 +4,7 @@ use crate::cache::GrainCache;
 use crate::change::FirstChange;
 use crate::check::Fault;
 use crate::error::{DiskError, ErrorKind};
-use crate::file_io::{FileId, FileIo};
+use crate::file_io::{FileId, FileIo, read_bytes};
 use crate::flush::{self, Failed, FlushPlan, Rounds, Step};
 use crate::grace::Grace;
 use crate::image::Chain;
@@ -70,6 +70,11 @@ impl Disk {
     /// [`ErrorKind::Poisoned`], reads go on.
     pub fn is_poisoned(&self) -> bool {
         self.rounds.is_poisoned()
+    }
+
+    /// Waits until [`Disk::is_poisoned`], and answers why. On any executor.
+    pub async fn poisoned(&self) -> Arc<str> {
+        self.rounds.poisoned().await
     }
 
     /// Serves one request. `buf` holds at least `request.len()` bytes from its byte 0 on for reads and writes and is
@@ -153,6 +158,7 @@ impl Disk {
                 if let (Some(ledger), false) = (&self.ledger, nothing_lost) {
                     ledger.void();
                 }
+                round.failed(&error);
                 Err(error)
             }
         }
@@ -166,13 +172,13 @@ impl Disk {
     }
 
     fn check_poison(&self) -> Result<(), DiskError> {
-        if !self.is_poisoned() {
-            return Ok(());
+        match self.rounds.why_poisoned() {
+            None => Ok(()),
+            Some(why) => Err(DiskError::new(
+                ErrorKind::Poisoned,
+                format!("no more changes until the image is attached again, since an earlier flush failed: {why}"),
+            )),
         }
-        Err(DiskError::new(
-            ErrorKind::Poisoned,
-            "an earlier write or sync failed: no more changes until the image is attached again",
-        ))
     }
 
     /// Reads a piece of metadata into memory, or waits while another task does. The caller looks again afterwards.
@@ -221,14 +227,9 @@ impl Disk {
         at: u64,
         len: u64,
     ) -> Result<Vec<u8>, DiskError> {
-        let len = size(len);
-        let buf = io.alloc(len);
-        io.read_at(file, &buf, 0..len, at)
+        read_bytes(io, file, at, size(len))
             .await
-            .map_err(|e| DiskError::host(format!("read {len} bytes of metadata at {at} of {}", self.name(file)), e))?;
-        let mut bytes = vec![0; len];
-        io.copy_out(&buf, 0, &mut bytes);
-        Ok(bytes)
+            .map_err(|e| DiskError::host(format!("read {len} bytes of metadata at {at} of {}", self.name(file)), e))
     }
 
     pub(crate) fn name(&self, file: FileId) -> String {

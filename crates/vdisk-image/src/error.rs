@@ -113,6 +113,17 @@ impl std::error::Error for DiskError {
     }
 }
 
+/// An error and its causes, in one line.
+pub(crate) fn chain(error: &DiskError) -> String {
+    let mut line = error.to_string();
+    let mut cause = std::error::Error::source(error);
+    while let Some(e) = cause {
+        line = format!("{line}: {e}");
+        cause = e.source();
+    }
+    line
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -4,7 +4,7 @@
 //! barrier, the directory, barrier. An entry is never durable before its grain, nor a directory entry before its table
 //! and its copy.
 
-use crate::error::DiskError;
+use crate::error::{DiskError, chain};
 use crate::file_io::{FileId, FileIo};
 use crate::free::Place;
 use crate::grace::Epoch;
@@ -220,10 +220,11 @@ async fn run_one<I: FileIo>(io: &I, step: &Step, name: &impl Fn(FileId) -> Strin
         }
         Step::Write { file, offset, bytes } => {
             let buf = io.alloc(bytes.len());
-            io.copy_in(&buf, 0, bytes);
-            io.write_at(*file, &buf, 0..bytes.len(), *offset).await.map_err(|e| {
+            let failed = |e| {
                 DiskError::host(format!("write {} bytes of metadata at {offset} of {}", bytes.len(), name(*file)), e)
-            })
+            };
+            io.copy_in(&buf, 0, bytes).map_err(failed)?;
+            io.write_at(*file, &buf, 0..bytes.len(), *offset).await.map_err(failed)
         }
         Step::SetLen { file, len } => {
             let what = || format!("cut {} to {len} bytes", name(*file));
@@ -236,7 +237,7 @@ async fn run_one<I: FileIo>(io: &I, step: &Step, name: &impl Fn(FileId) -> Strin
 #[derive(Debug, Default)]
 pub(crate) struct Rounds {
     state: Mutex<RoundState>,
-    /// A round did not succeed: what is durable is not known any more.
+    /// A sync did not succeed: what is durable is not known any more.
     poisoned: AtomicBool,
 }
 
@@ -247,6 +248,9 @@ struct RoundState {
     begun: u64,
     ended: u64,
     waiting: WaitList,
+    /// Why it is poisoned, and who waits for that.
+    poison: Option<Arc<str>>,
+    waiting_for_poison: WaitList,
 }
 
 /// The duty to run a round. Dropped before [`Round::succeeded`] or [`Round::given_up`], it poisons: whoever waits for it must not
@@ -255,6 +259,7 @@ struct RoundState {
 pub(crate) struct Round<'a> {
     rounds: &'a Rounds,
     end: RoundEnd,
+    why: Option<String>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -268,6 +273,11 @@ impl Round<'_> {
     /// Everything in the round's plan is durable.
     pub(crate) fn succeeded(mut self) {
         self.end = RoundEnd::Succeeded;
+    }
+
+    /// It is not known what is durable.
+    pub(crate) fn failed(mut self, why: &DiskError) {
+        self.why = Some(chain(why));
     }
 
     /// Nothing is durable that was not, and nothing is lost. Who waits for the round has to run one of its own.
@@ -288,24 +298,44 @@ impl Rounds {
             } else {
                 s.running = true;
                 s.begun += 1;
-                Ok(Some(Round { rounds: self, end: RoundEnd::Failed }))
+                Ok(Some(Round { rounds: self, end: RoundEnd::Failed, why: None }))
             }
         })
         .await
     }
 
-    /// Whether a round failed.
+    /// Whether a sync failed.
     pub(crate) fn is_poisoned(&self) -> bool {
         self.poisoned.load(Ordering::Acquire)
+    }
+
+    /// A sync failed. What the kernel dropped then cannot be known, and a second sync would say that all is well: not a word of it is
+    /// believed until the image is opened again.
+    pub(crate) fn poison(&self, why: String) {
+        let mut state = locked(&self.state);
+        let why: Arc<str> = why.into();
+        state.poison.get_or_insert(why);
+        self.poisoned.store(true, Ordering::Release);
+        let wakers = state.waiting_for_poison.take();
+        drop(state);
+        wake(wakers);
+    }
+
+    /// Why it is poisoned, once it is.
+    pub(crate) async fn poisoned(&self) -> Arc<str> {
+        until(&self.state, |s| s.poison.clone().ok_or(&mut s.waiting_for_poison)).await
+    }
+
+    /// Why it is poisoned, if it is.
+    pub(crate) fn why_poisoned(&self) -> Option<Arc<str>> {
+        if self.is_poisoned() { locked(&self.state).poison.clone() } else { None }
     }
 }
 
 impl Drop for Round<'_> {
     fn drop(&mut self) {
         if self.end == RoundEnd::Failed {
-            // What the kernel dropped after a failed sync cannot be known, and a second sync would say that all is well.
-            // Not a word of it is believed until the image is opened again.
-            self.rounds.poisoned.store(true, Ordering::Release);
+            self.rounds.poison(self.why.take().unwrap_or_else(|| "a flush was not ended".to_owned()));
         }
         let mut state = locked(&self.rounds.state);
         state.running = false;

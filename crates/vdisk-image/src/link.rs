@@ -5,7 +5,7 @@ use crate::check::{Fault, FaultKind};
 use crate::cowd;
 use crate::disk::size;
 use crate::error::{DiskError, ErrorKind};
-use crate::file_io::{FileId, Files};
+use crate::file_io::{FileId, Files, read_bytes};
 use crate::flush::Step;
 use crate::image::{Extent, Layout};
 use crate::info::{ExtentInfo, Format, Info};
@@ -368,14 +368,9 @@ impl<'a, F: Files> Opening<'a, F> {
     /// Up to `len` bytes: fewer where the file ends.
     pub(crate) async fn read(&self, file: FileId, at: u64, len: u64) -> Result<Vec<u8>, DiskError> {
         let len = size(len.min(self.len(file)?.saturating_sub(at)));
-        let buf = self.files.alloc(len);
-        self.files
-            .read_at(file, &buf, 0..len, at)
+        read_bytes(self.files, file, at, len)
             .await
-            .map_err(|e| DiskError::host(format!("{}: read {len} bytes at {at}", self.name(file)), e))?;
-        let mut bytes = vec![0; len];
-        self.files.copy_out(&buf, 0, &mut bytes);
-        Ok(bytes)
+            .map_err(|e| DiskError::host(format!("{}: read {len} bytes at {at}", self.name(file)), e))
     }
 
     /// Remembers a file that was opened.

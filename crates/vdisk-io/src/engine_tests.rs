@@ -120,7 +120,7 @@ impl AnyIo {
 
     async fn write(&self, id: FileId, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let io_buf = any!(self, io => io.alloc(bytes.len()));
-        any!(self, io => io.copy_in(&io_buf, 0, bytes));
+        any!(self, io => io.copy_in(&io_buf, 0, bytes))?;
         any!(self, io => io.write_at(id, &io_buf, 0..bytes.len(), offset).await)
     }
 
@@ -285,6 +285,49 @@ fn the_length_can_be_cut_and_extended() {
             io.set_len(id, len as u64).await.unwrap();
             assert!(fs::read(path).unwrap() == model, "{len}");
         }
+    });
+}
+
+/// Otherwise a write behind what is missing would make zeroes of it.
+#[test]
+fn a_file_that_another_program_has_cut_is_not_read_written_or_synced() {
+    for found_by_reading in [true, false] {
+        on_every_engine(&pattern(SIZE), async |path, id, io| {
+            io.set_len(id, 8 * 4096).await.unwrap();
+            io.sync(id).await.unwrap();
+            fs::OpenOptions::new().write(true).open(path).unwrap().set_len(4096).unwrap();
+            if found_by_reading {
+                let e = io.read(id, 3 * 4096, 4096).await.unwrap_err();
+                assert!(e.to_string().contains("was cut"), "{e}");
+            } else {
+                // Nobody was told yet that this is durable.
+                io.write(id, 7 * 4096, &[1; 4096]).await.unwrap();
+                fs::OpenOptions::new().write(true).open(path).unwrap().set_len(4096).unwrap();
+                assert!(io.sync(id).await.unwrap_err().to_string().contains("was cut"));
+            }
+            for result in
+                [io.read(id, 0, 4096).await.map(drop), io.write(id, 7 * 4096, &[1; 4096]).await, io.sync(id).await]
+            {
+                assert!(result.unwrap_err().to_string().contains("was cut"));
+            }
+            assert_eq!(fs::metadata(path).unwrap().len(), 4096);
+        });
+    }
+}
+
+#[test]
+fn a_file_that_nobody_could_find_any_more_is_not_durable() {
+    on_every_engine(&pattern(SIZE), async |path, id, io| {
+        let moved = path.with_extension("moved");
+        fs::rename(path, &moved).unwrap();
+        io.write(id, 0, &[1; 512]).await.unwrap();
+        io.sync(id).await.unwrap();
+        fs::write(path, b"another").unwrap();
+        fs::rename(path, &moved).unwrap();
+        let e = io.sync(id).await.unwrap_err();
+        assert!(e.to_string().contains("another one took its name"), "{e}");
+        assert_eq!(fs::read(&moved).unwrap(), b"another");
+        assert_eq!(io.read(id, 0, 512).await.unwrap(), [1; 512]);
     });
 }
 

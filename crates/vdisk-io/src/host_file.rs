@@ -7,6 +7,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::unistd::{Whence, lseek64};
@@ -16,6 +17,7 @@ use vdisk_image::Stored;
 use crate::buf::Buf;
 use crate::direct::Direct;
 use crate::locks::Locked;
+use crate::pages::RingBuf;
 use crate::transfer::{Direction, Piece, Transfer, check_range};
 use crate::window::Window;
 
@@ -32,6 +34,12 @@ pub struct HostFile {
     identity: Identity,
     /// For a member of an archive: where it is. Offsets of ours count from there.
     window: Option<Window>,
+    /// It had a name in some directory when it was opened.
+    had_name: bool,
+    /// How long it is, if nobody else cuts it: it was opened so, or made so. 0 for what is not looked at.
+    made_len: AtomicU64,
+    /// Somebody else has cut it: what is missing would be zeroes once a write has made it longer.
+    was_cut: AtomicBool,
 }
 
 /// What makes two open files the same: device and inode, or the number of the block device.
@@ -51,13 +59,35 @@ impl HostFile {
             Identity::Regular { dev: data.dev(), ino: data.ino() }
         };
         let direct = if direct_io { Direct::reopen(&buffered, &path, writable) } else { None };
-        Ok(Self { buffered: Arc::new(Locked(buffered)), direct, path, writable, identity, window: None })
+        let regular = matches!(identity, Identity::Regular { .. });
+        Ok(Self {
+            buffered: Arc::new(Locked(buffered)),
+            direct,
+            path,
+            writable,
+            identity,
+            window: None,
+            had_name: regular && data.nlink() > 0,
+            made_len: AtomicU64::new(if regular { data.len() } else { 0 }),
+            was_cut: AtomicBool::new(false),
+        })
     }
 
     /// A stretch of this file as a file of its own, read-only. `path` is what to call it.
     pub(crate) fn member(&self, window: Window, path: PathBuf) -> Self {
         let (buffered, identity) = (Arc::clone(&self.buffered), self.identity);
-        Self { buffered, direct: None, path, writable: false, identity, window: Some(window) }
+        let (made_len, was_cut) = Default::default();
+        Self {
+            buffered,
+            direct: None,
+            path,
+            writable: false,
+            identity,
+            window: Some(window),
+            had_name: false,
+            made_len,
+            was_cut,
+        }
     }
 
     /// The path by which it was opened (for messages: it may have been renamed since). For a member of an archive the
@@ -161,9 +191,44 @@ impl HostFile {
     ///
     /// # Errors
     ///
-    /// The host's. A second call may then succeed although the data is lost (fsync(2), the note on errors).
+    /// The host's. A second call may then succeed although the data is lost (fsync(2), the note on errors). And if somebody
+    /// else has cut the file, or nobody could find it any more once it is closed: nothing is durable then.
     pub fn sync_data(&self) -> io::Result<()> {
-        self.file().sync_data()
+        self.file().sync_data()?;
+        self.check_whole()
+    }
+
+    /// # Errors
+    ///
+    /// As of [`HostFile::sync_data`], beside the host's.
+    pub(crate) fn check_whole(&self) -> io::Result<()> {
+        if self.had_name || self.made_len.load(Ordering::Acquire) > 0 {
+            let now = self.file().metadata()?;
+            if now.len() < self.made_len.load(Ordering::Acquire) {
+                self.was_cut.store(true, Ordering::Release);
+            }
+            if self.had_name && now.nlink() == 0 {
+                let what = "the file was deleted, or another one took its name: what is written to it is lost when it is closed";
+                return Err(io::Error::other(what));
+            }
+        }
+        self.check_cut()
+    }
+
+    fn check_cut(&self) -> io::Result<()> {
+        match self.was_cut.load(Ordering::Acquire) {
+            false => Ok(()),
+            true => Err(io::Error::other("the file was cut by another program: a part of it is missing")),
+        }
+    }
+
+    /// The error of a transfer that failed at a piece. An end of the file where there was none says that it was cut.
+    pub(crate) fn failed(&self, piece: Piece, e: io::Error) -> io::Error {
+        if e.kind() == io::ErrorKind::UnexpectedEof && piece.offset < self.made_len.load(Ordering::Acquire) {
+            self.was_cut.store(true, Ordering::Release);
+            return self.check_cut().err().unwrap_or(e);
+        }
+        e
     }
 
     /// Frees the space; the range reads as zeroes: fallocate(2), `FALLOC_FL_PUNCH_HOLE`.
@@ -223,7 +288,9 @@ impl HostFile {
     /// The host's; a block device refuses, and so does a member of an archive.
     pub fn set_len(&self, len: u64) -> io::Result<()> {
         self.locate_change(0, len)?;
-        self.file().set_len(len)
+        self.file().set_len(len)?;
+        self.made_len.store(len, Ordering::Release);
+        Ok(())
     }
 
     /// What to do for a read or write. Here, and in [`HostFile::locate_change`], an offset of ours becomes one of the
@@ -232,14 +299,15 @@ impl HostFile {
     /// # Errors
     ///
     /// As of [`HostFile::read_exact_at`] and [`HostFile::write_all_at`], as far as they can be known before.
-    pub(crate) fn transfer<'a>(
+    pub(crate) fn transfer<'a, B: RingBuf>(
         &self,
         direction: Direction,
-        buf: &'a Buf,
+        buf: &'a B,
         part: Range<usize>,
         offset: u64,
-    ) -> io::Result<Transfer<'a>> {
+    ) -> io::Result<Transfer<'a, B>> {
         let len = part.len() as u64;
+        self.check_cut()?;
         let offset = match direction {
             Direction::Read => self.locate(offset, len)?,
             Direction::Write => self.locate_change(offset, len)?,
@@ -303,7 +371,7 @@ impl HostFile {
         while let Some(piece) = transfer.next_piece() {
             let direct = self.is_direct(piece);
             let fd = self.direct_fd().filter(|_| direct).unwrap_or(self.buffered_fd());
-            transfer.advance(piece, direct, call(transfer.direction, fd, piece))?;
+            transfer.advance(piece, direct, call(transfer.direction, fd, piece)).map_err(|e| self.failed(piece, e))?;
         }
         Ok(())
     }

@@ -78,6 +78,8 @@ fn a_failed_sync_poisons_writes_and_leaves_reads() {
             memory.fail_call.set(Some((memory.calls(), EIO)));
             assert_eq!(flush(&disk, &memory).await.unwrap_err().kind(), ErrorKind::HostIo);
             assert!(disk.is_poisoned());
+            let why = disk.poisoned().await;
+            assert!(why.ends_with("Input/output error (os error 5)"), "{why}");
             assert_eq!(flush(&disk, &memory).await.unwrap_err().kind(), ErrorKind::Poisoned);
             assert_eq!(write(&disk, &memory, 0, &[2; 512]).await.unwrap_err().kind(), ErrorKind::Poisoned);
             assert!(read(&disk, &memory, 0, 4096).await.unwrap() == [1; 4096]);
@@ -87,6 +89,37 @@ fn a_failed_sync_poisons_writes_and_leaves_reads() {
             assert_eq!(memory.files()[0].1[72], 1, "marked clean after a lost write");
         }
     }
+}
+
+/// Who serves the disk hears of it when it happens, whatever he was doing.
+#[test]
+fn who_waits_for_poison_is_woken_by_the_failed_sync() {
+    let memory = Memory::new(image(Shape::Sparse), 1);
+    let disk = open(&memory).unwrap();
+    run(async {
+        let fail = async {
+            write(&disk, &memory, 0, &[1; 4096]).await.unwrap();
+            memory.fail_call.set(Some((memory.calls(), EIO)));
+            flush(&disk, &memory).await.unwrap_err();
+        };
+        let (why, ()) = futures_util::future::join(disk.poisoned(), fail).await;
+        assert_eq!(&*why, "sync disk.vmdk: Input/output error (os error 5)");
+    });
+}
+
+#[test]
+fn a_failed_sync_of_the_first_change_poisons_and_no_other_call_of_it_does() {
+    let first_write = |fail: Option<u64>| {
+        let memory = Memory::new(image(Shape::Sparse), 1);
+        let disk = open(&memory).unwrap();
+        let calls = memory.calls();
+        memory.fail_call.set(fail.map(|n| (calls + n, EIO)));
+        let result = run(write(&disk, &memory, 0, &[1; 4096]));
+        (memory.calls() - calls, result.is_ok(), disk.is_poisoned())
+    };
+    let (calls, ..) = first_write(None);
+    let poisoned: Vec<_> = (0..calls).map(|n| first_write(Some(n))).filter(|(_, _, poisoned)| *poisoned).collect();
+    assert!(matches!(poisoned[..], [(_, false, true)]), "{poisoned:?} of {calls} calls");
 }
 
 /// From inside of [`run`].
