@@ -153,6 +153,18 @@ impl Opened {
         }
     }
 
+    /// Removes what an earlier server has left that does not count any more: with the same content ID it could count again, once the
+    /// image is marked as open.
+    pub(crate) fn forget_stale_ledger(&self) -> Result<()> {
+        let name = self.files.iter().next().and_then(|(_, first)| ledger_name(first));
+        if let Some(name) = name.filter(|name| !geteuid().is_root() && Path::new(ROOTS).join(name).exists()) {
+            let what = format!("root's server of the image was killed, and has left {ROOTS}/{name}");
+            return Err(Failure::new(what).hint("run vdisk recover as root"));
+        }
+        let Some(path) = path(&self.files).filter(|path| path.exists()) else { return Ok(()) };
+        fs::remove_file(&path).map_err(|e| Failure::doing(format_args!("remove {}", path.display()), &e))
+    }
+
     /// What a killed server has left of this image, which is only read now.
     pub(crate) fn left_behind(&self) -> Option<String> {
         let grains = self.disk.left_in(existing(&path(&self.files)?)?);

@@ -10,6 +10,7 @@ mod attach_fuse;
 mod attach_nbd;
 mod backup;
 mod check;
+mod compact;
 mod detach;
 mod failure;
 mod hygiene;
@@ -72,6 +73,7 @@ enum Verb {
     Info(info::Args),
     Map(map::Args),
     Check(check::Args),
+    Compact(compact::Args),
     Recover(recover::Args),
 }
 
@@ -93,6 +95,9 @@ fn main() -> ExitCode {
         }
         Verb::Check(args) => {
             check::run(args, cli.verbose).map_err(|e| (format!("check {}", args.image.image.display()), e))
+        }
+        Verb::Compact(args) => {
+            compact::run(args, cli.verbose).map_err(|e| (format!("compact {}", args.image.image.display()), e))
         }
         Verb::Map(args) => map::run(args, cli.verbose).map_err(|e| (format!("map {}", args.image.image.display()), e)),
     };

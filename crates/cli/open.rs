@@ -39,6 +39,7 @@ impl Opened {
             ignore_parent_content_id: options.ignore_parent_cid,
             examine: false,
             drop_change_tracking: options.drop_change_tracking,
+            keep_content_id: false,
             new_content_id: random(),
         };
         let image = Location::of(&options.image);
@@ -107,24 +108,34 @@ impl Opened {
         }
     }
 
-    /// Opens and locks an image to be mended, while nobody else has it open and nothing waits to be recovered. An error of the image
+    /// Opens and locks an image to be repaired, while nobody else has it open and nothing waits to be recovered. An error of the image
     /// itself is the inner one.
-    pub(crate) fn open_to_mend(options: &LookOptions) -> Result<Result<Self, DiskError>> {
-        let mode = OpenMode { writable: true, trust_paths: options.trust_paths, ..OpenMode::default() };
+    pub(crate) fn open_to_repair(options: &LookOptions) -> Result<Result<Self, DiskError>> {
         let how = OpenOptions { read_only: false, new_content_id: random(), ..to_read(options.format, true) };
-        let named = |failure: OpenFailure| {
+        match Self::open_alone(options, &how)? {
+            Err(Unopened(e, _)) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported) => Ok(Err(e)),
+            opened => Ok(Ok(opened.map_err(OpenFailure::from)?)),
+        }
+    }
+
+    /// As [`Opened::open_to_repair`], to be compacted: its content is not going to change.
+    pub(crate) fn open_to_compact(options: &LookOptions) -> Result<Self> {
+        let how = OpenOptions { read_only: false, keep_content_id: true, ..to_read(options.format, false) };
+        let how = OpenOptions { ignore_parent_content_id: false, ..how };
+        Ok(Self::open_alone(options, &how)?.map_err(OpenFailure::from)?)
+    }
+
+    fn open_alone(options: &LookOptions, how: &OpenOptions) -> Result<Result<Self, Unopened>> {
+        let mode = OpenMode { writable: true, trust_paths: options.trust_paths, ..OpenMode::default() };
+        let opened = Self::look_as(options, mode, how).map_err(|failure| {
             let changed = options.overlay.as_ref().unwrap_or(&options.image);
             let real = fs::canonicalize(changed).unwrap_or_else(|_| changed.clone());
             failure.naming(&StateDir::host().list().unwrap_or_default(), &real, "")
-        };
-        match Self::look_as(options, mode, &how).map_err(named)? {
-            Ok(opened) => {
-                opened.check_recovered()?;
-                Ok(Ok(opened))
-            }
-            Err(Unopened(e, _)) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported) => Ok(Err(e)),
-            Err(unopened) => Err(named(unopened.into())),
+        })?;
+        if let Ok(opened) = &opened {
+            opened.check_recovered()?;
         }
+        Ok(opened)
     }
 
     fn look(options: &LookOptions, mode: OpenMode, examine: bool) -> Result<Result<Self, Unopened>, OpenFailure> {
@@ -238,6 +249,7 @@ fn to_read(format: FormatChoice, examine: bool) -> OpenOptions {
         ignore_parent_content_id: true,
         examine,
         drop_change_tracking: false,
+        keep_content_id: false,
         new_content_id: 0,
     }
 }

@@ -44,7 +44,7 @@ impl RepairWatch for Watch {
 
 /// Repairs the image. Nobody has it open afterwards, and it can be checked again.
 pub(crate) fn run(options: &LookOptions, wanted: Option<Wanted>) -> Result<Outcome> {
-    let image = match Opened::open_to_mend(options)? {
+    let image = match Opened::open_to_repair(options)? {
         Ok(image) => image,
         // A format that is only read, or so damaged that it cannot be opened: the check says what is wrong with it.
         Err(e) => return Ok(Outcome { refused: Some(crate::failure::chain(&e)), ..Outcome::default() }),
@@ -75,7 +75,7 @@ pub(crate) fn run(options: &LookOptions, wanted: Option<Wanted>) -> Result<Outco
 /// Puts back what a repair has changed.
 pub(crate) fn undo(options: &LookOptions, backup: &Path) -> Result<()> {
     let undo = Undo::open(backup)?;
-    let image = Opened::open_to_mend(options)?.map_err(|e| Failure::from_error(&e))?;
+    let image = Opened::open_to_repair(options)?.map_err(|e| Failure::from_error(&e))?;
     let bytes = undo.run(&image.files)?;
     crate::print(&format!("put back {bytes} bytes: the image is as it was before the repair\n"))
 }

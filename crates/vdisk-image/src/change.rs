@@ -271,7 +271,12 @@ impl Disk {
     }
 
     /// The page of the directory, which stays in memory while the answer is held. `None` if it names nothing: it lies in a hole.
-    async fn load_page<I: FileIo>(&self, io: &I, extent: &Sparse, page: u64) -> Result<Option<Arc<Page>>, DiskError> {
+    pub(crate) async fn load_page<I: FileIo>(
+        &self,
+        io: &I,
+        extent: &Sparse,
+        page: u64,
+    ) -> Result<Option<Arc<Page>>, DiskError> {
         let meta = MetaRef::Directory(page);
         loop {
             if let Some((page, _)) = extent.page(page * PAGE_ENTRIES) {

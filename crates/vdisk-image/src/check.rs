@@ -6,7 +6,7 @@
 mod extent;
 mod place;
 mod repair;
-mod survey;
+pub(crate) mod survey;
 mod verdict;
 mod writer;
 

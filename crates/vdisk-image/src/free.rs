@@ -4,7 +4,7 @@
 //! flush) and no request can be at it any more ([`crate::grace`]). What earlier sessions left is found when the tables are looked
 //! through for the first change.
 
-use crate::allocate::{Room, State};
+use crate::allocate::{Room, State, sector_number};
 use crate::coding::{Coding, Entry};
 use crate::grace::Epoch;
 use crate::ledger::What;
@@ -125,8 +125,10 @@ impl Freed {
 /// What became of a grain that was to be freed.
 #[derive(Debug)]
 pub(crate) enum Freeing {
-    /// It has no entry any more, or keeps it for good: both are right.
+    /// It has no entry any more, or another one.
     Done,
+    /// It keeps its entry for good.
+    Kept,
     /// The host's space for its table has to be taken first.
     Reserve(Room),
     /// A flush has to make room first.
@@ -143,17 +145,30 @@ impl Sparse {
     /// Takes the entry of the grain at `offset` away, if its place is still the one at byte `at` of the file. With `zeroed`, the
     /// place reads as zeroes already: so does the grain then, whether its entry is there after a crash or not.
     pub(crate) fn free(&self, offset: u64, at: u64, zeroed: bool) -> Freeing {
-        let (index, entry, _) = self.split(offset);
-        let grain = offset / self.grain;
-        let mut state = locked(&self.state);
-        let Lookup::Table(table) = self.table(index, Arc::clone) else { return Freeing::Done };
         let in_file = at + self.grain <= self.file_len.load(Ordering::Acquire);
+        if !in_file {
+            return Freeing::Kept;
+        }
+        self.rename(offset, Place { at, len: self.grain, zeroed }, None)
+    }
+
+    /// Gives the grain at `offset` the place at byte `to`, which nothing names, instead of the one at byte `from`. Both hold the same, and
+    /// nobody changes the grain meanwhile.
+    pub(crate) fn move_to(&self, offset: u64, from: u64, to: u64) -> Freeing {
+        self.rename(offset, Place { at: from, len: self.grain, zeroed: false }, Some(to))
+    }
+
+    fn rename(&self, offset: u64, from: Place, to: Option<u64>) -> Freeing {
+        let (index, entry, _) = self.split(offset);
+        let (grain, at) = (offset / self.grain, from.at);
+        let mut state = locked(&self.state);
+        let Lookup::Table(table) = self.table(index, Arc::clone) else { return Freeing::Kept };
         let is_there = matches!(self.coding.grain(table.entry(entry).unwrap_or(0)), Ok(Entry::At(now)) if now == at);
-        if !self.frees_grains() || !in_file || !is_there || !at.is_multiple_of(self.grain) {
-            return Freeing::Done;
+        if !self.frees_grains() || !is_there || !at.is_multiple_of(self.grain) {
+            return Freeing::Kept;
         }
         if table.copy == TableCopy::Broken {
-            return Freeing::Done;
+            return Freeing::Kept;
         }
         if !table.is_reserved() {
             return Freeing::Reserve(self.room_of(index, table));
@@ -161,12 +176,25 @@ impl Sparse {
         if state.freed.unflushed.len() >= MOST_FREED || !self.claim(1) {
             return Freeing::Flush;
         }
-        self.note(What::Grain { grain, sector: 0 });
-        if table.set(entry, 0) {
+        let sector = to.map_or(0, sector_number);
+        self.note(What::Grain { grain, sector });
+        if table.set(entry, sector) {
             state.dirty.push(index);
         }
-        state.freed.unflushed.push(Place { at, len: self.grain, zeroed });
+        if let Some(to) = to {
+            state.free.remove(to, self.grain);
+        }
+        state.freed.unflushed.push(from);
         Freeing::Done
+    }
+
+    /// Nothing is used at or after byte `end` any more, durably, and nobody is at it.
+    pub(crate) fn end_at(&self, end: u64) {
+        let mut state = locked(&self.state);
+        state.free.remove(end, u64::MAX - end);
+        if let Some(next) = &mut state.next {
+            *next = end.min(*next);
+        }
     }
 
     /// The entries that named these places are durably gone. Requests that began in `epoch` or before may still be at them.

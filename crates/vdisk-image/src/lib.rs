@@ -15,6 +15,7 @@ mod cache;
 mod change;
 mod check;
 mod coding;
+mod compact;
 mod cowd;
 mod create;
 mod disk;
@@ -50,6 +51,7 @@ mod zero;
 mod tests;
 
 pub use check::{Backup, CheckWatch, Fault, FaultKind, Kept, Leaks, Repair, RepairWatch};
+pub use compact::{CompactWatch, Compacted, CompactedFile};
 pub use create::NewImage;
 pub use disk::Disk;
 pub use error::{DiskError, ErrorKind};

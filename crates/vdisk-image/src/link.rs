@@ -324,6 +324,9 @@ impl<'a, F: Files> Opening<'a, F> {
                 self.link.content_id_step = bytes.map(|bytes| Step::Write { file, offset, bytes });
             }
         }
+        if self.options.keep_content_id {
+            return Ok(());
+        }
         let id = ContentId(self.options.new_content_id & (u32::MAX >> (32 - 4 * digits.clamp(1, 8))));
         // Fewer digits than most CIDs have would be a poor proof of identity.
         self.link.new_content_id = (digits >= 6).then_some(id);

@@ -37,6 +37,8 @@ pub struct OpenOptions {
     /// Write to an image with change tracking (version 3, changeTrackPath), which the first change takes out of it: what was
     /// tracked would be wrong.
     pub drop_change_tracking: bool,
+    /// Leave the content ID as it is: nothing of the content is going to change ([`Disk::compact`]).
+    pub keep_content_id: bool,
     /// The content ID that the first change gives to a VMDK; random.
     pub new_content_id: u32,
 }

@@ -4,6 +4,7 @@
 
 mod chain;
 mod check;
+mod compact;
 mod cowd;
 mod crash;
 mod create;

@@ -60,6 +60,16 @@ impl PlaceSet {
         in_order(self.aligned.iter().map(move |n| of(n * self.unit)), self.others.iter().map(of))
     }
 
+    /// The numbers of the pieces that lie on a multiple of their size, and the first bytes of the others.
+    pub(crate) fn units(&self) -> (&RoaringTreemap, impl Iterator<Item = u64>) {
+        (&self.aligned, self.others.iter().map(|sector| sector * SECTOR_SIZE))
+    }
+
+    /// How many pieces there are.
+    pub(crate) fn len(&self) -> u64 {
+        self.aligned.len() + self.others.len()
+    }
+
     /// Whether there is no piece.
     pub(crate) fn is_empty(&self) -> bool {
         self.aligned.is_empty() && self.others.is_empty()

@@ -136,7 +136,7 @@ impl Disk {
     async fn free<I: FileIo>(&self, io: &I, grain: &Whole<'_>, zeroed: bool) -> Result<(), DiskError> {
         loop {
             let obstacle = match grain.extent.free(grain.offset, grain.at, zeroed) {
-                Freeing::Done => return Ok(()),
+                Freeing::Done | Freeing::Kept => return Ok(()),
                 Freeing::Reserve(room) => Obstacle::Reserve(grain.extent, room),
                 Freeing::Flush => Obstacle::Flush,
             };

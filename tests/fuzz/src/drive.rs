@@ -27,6 +27,7 @@ pub fn options(byte: u8, read_only: bool) -> OpenOptions {
         ignore_parent_content_id: byte & 32 != 0,
         examine: false,
         drop_change_tracking: byte & 64 != 0,
+        keep_content_id: false,
         new_content_id: 0x1234_5678,
     }
 }

@@ -7,7 +7,7 @@ use crate::usage::PlaceSet;
 use vmdk_parse::SECTOR_SIZE;
 
 /// Why an entry cannot be followed: the kind of fault, and what to say of the entry.
-pub(super) type Wrong = (FaultKind, String);
+pub(crate) type Wrong = (FaultKind, String);
 
 impl Sparse {
     /// Bytes at the place that an entry names that are nobody else's: of a record at least its beginning.
@@ -61,7 +61,7 @@ impl Sparse {
     }
 
     /// Whether a grain may begin there.
-    pub(super) fn is_aligned(&self, at: u64) -> bool {
+    pub(crate) fn is_aligned(&self, at: u64) -> bool {
         self.is_compressed() || at.is_multiple_of(self.coding.alignment(self.grain))
     }
 }

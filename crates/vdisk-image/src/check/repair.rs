@@ -111,7 +111,7 @@ impl<I: FileIo, B: Backup, W: RepairWatch> Repairing<'_, '_, I, B, W> {
             }
         };
         self.free_sector(&survey).await?;
-        if survey.wrong || !survey.differing.is_empty() {
+        if survey.wrong || survey.misaligned || !survey.differing.is_empty() {
             if self.extent.unclean {
                 self.watch
                     .left(self.of(None, "stays marked as not closed, for the rest of it is not right".to_owned()));

@@ -17,16 +17,16 @@ const PIECE: u64 = 1 << 20;
 
 /// A directory entry and its copy.
 #[derive(Debug)]
-pub(super) struct Pair {
-    pub(super) table: u64,
-    pub(super) primary: Named,
+pub(crate) struct Pair {
+    pub(crate) table: u64,
+    pub(crate) primary: Named,
     /// `None` where the extent has no copies.
-    pub(super) copy: Option<Named>,
+    pub(crate) copy: Option<Named>,
 }
 
 /// What a directory entry names.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(super) enum Named {
+pub(crate) enum Named {
     Nothing,
     /// A table at this byte.
     At(u64),
@@ -35,7 +35,7 @@ pub(super) enum Named {
 }
 
 impl Named {
-    pub(super) fn at(&self) -> Option<u64> {
+    pub(crate) fn at(&self) -> Option<u64> {
         match self {
             Self::At(at) => Some(*at),
             Self::Nothing | Self::Wrong(..) => None,
@@ -45,28 +45,30 @@ impl Named {
 
 /// What is named, by whom.
 #[derive(Debug)]
-pub(super) struct Survey<'a> {
-    pub(super) extent: &'a Sparse,
-    pub(super) file_len: u64,
+pub(crate) struct Survey<'a> {
+    pub(crate) extent: &'a Sparse,
+    pub(crate) file_len: u64,
     /// Tables and copies; and those that overlap others.
-    pub(super) tables: PlaceSet,
+    pub(crate) tables: PlaceSet,
     tables_twice: PlaceSet,
     /// Tables among the grains that something else names as a grain: what is there is not known.
     clashes: PlaceSet,
     /// Grains of the primary tables; and those that overlap others.
-    pub(super) grains: PlaceSet,
+    pub(crate) grains: PlaceSet,
     grains_twice: PlaceSet,
     /// Grains that only a copy names where its primary says something else; and those that overlap others.
-    pub(super) offered: PlaceSet,
+    pub(crate) offered: PlaceSet,
     offered_twice: PlaceSet,
     /// Tables that differ from their copies, or that only one directory has.
-    pub(super) differing: Vec<u64>,
+    pub(crate) differing: Vec<u64>,
     /// Something is wrong that no copy knows better.
-    pub(super) wrong: bool,
+    pub(crate) wrong: bool,
+    /// There are grains where none begins. They can be used all the same.
+    pub(crate) misaligned: bool,
     /// First byte past the end of the file that anything names.
-    pub(super) missing: u64,
+    pub(crate) missing: u64,
     /// First byte behind everything that is used.
-    pub(super) end: u64,
+    pub(crate) end: u64,
 }
 
 impl<'a> Survey<'a> {
@@ -75,7 +77,7 @@ impl<'a> Survey<'a> {
     /// # Errors
     ///
     /// The host's.
-    pub(super) async fn of<I: FileIo>(
+    pub(crate) async fn of<I: FileIo>(
         disk: &Disk,
         io: &I,
         extent: &'a Sparse,
@@ -96,6 +98,7 @@ impl<'a> Survey<'a> {
             offered_twice: grains(),
             differing: Vec::new(),
             wrong: false,
+            misaligned: false,
             missing: u64::MAX,
             end: extent.fixed_areas().iter().map(|area| area.end).chain([extent.overhead]).max().unwrap_or(0),
         };
@@ -125,7 +128,7 @@ impl<'a> Survey<'a> {
     }
 
     /// Directory entries from `first` on, at most `count`.
-    pub(super) async fn pairs<I: FileIo>(
+    pub(crate) async fn pairs<I: FileIo>(
         &self,
         disk: &Disk,
         io: &I,
@@ -238,7 +241,7 @@ impl<'a> Survey<'a> {
                 if !set.insert(at) {
                     twice.add(at);
                 }
-                self.wrong |= is_primary && !extent.is_aligned(at);
+                self.misaligned |= is_primary && !extent.is_aligned(at);
                 self.end = self.end.max(at + extent.grain);
             }
             Ok(Entry::Absent | Entry::Zeroed) => {}
@@ -255,7 +258,7 @@ impl<'a> Survey<'a> {
     }
 
     /// What lies between what is used: (first byte, byte behind the last).
-    pub(super) fn unused(&self) -> impl Iterator<Item = (u64, u64)> {
+    pub(crate) fn unused(&self) -> impl Iterator<Item = (u64, u64)> {
         let mut fixed: Vec<(u64, u64)> = self.extent.fixed_areas().iter().map(|area| (area.start, area.end)).collect();
         fixed.sort_unstable();
         let used = in_order(self.tables.areas(), self.grains.areas());
@@ -269,18 +272,18 @@ impl<'a> Survey<'a> {
     }
 
     /// Whether nothing names some of the file.
-    pub(super) fn has_unused(&self) -> bool {
+    pub(crate) fn has_unused(&self) -> bool {
         self.end < self.file_len || self.unused().next().is_some()
     }
 
     /// Whether nothing but the directory claims the place of a table.
-    pub(super) fn is_certain(&self, at: u64) -> bool {
+    pub(crate) fn is_certain(&self, at: u64) -> bool {
         let len = self.extent.table_bytes();
         !self.tables_twice.overlaps(at, len) && !self.clashes.overlaps(at, len)
     }
 
     /// What an entry says: of a primary table, or of a copy that differs from it.
-    pub(super) fn judge(&self, gte: u64, side: Side) -> Says {
+    pub(crate) fn judge(&self, gte: u64, side: Side) -> Says {
         let len = self.extent.grain;
         match self.extent.grain_place(gte, self.file_len, &self.tables) {
             Ok(Entry::Absent) => Says::Absent,
@@ -299,7 +302,7 @@ impl<'a> Survey<'a> {
 
 impl Pair {
     /// Where the copy is, if it is another table than the primary one.
-    pub(super) fn at_of_copy(&self) -> Option<u64> {
+    pub(crate) fn at_of_copy(&self) -> Option<u64> {
         self.copy.as_ref().and_then(Named::at).filter(|at| self.primary.at() != Some(*at))
     }
 }

@@ -2,7 +2,7 @@
 
 /// What an entry of a table says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Says {
+pub(crate) enum Says {
     /// The extent does not have the grain.
     Absent,
     /// The grain reads as zeroes.
@@ -21,7 +21,7 @@ pub(super) enum Says {
 
 /// One of the two copies of a table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Side {
+pub(crate) enum Side {
     Primary,
     Copy,
 }

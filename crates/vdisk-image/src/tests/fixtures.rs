@@ -16,6 +16,7 @@ pub(crate) const OPTIONS: OpenOptions = OpenOptions {
     ignore_parent_content_id: false,
     examine: false,
     drop_change_tracking: false,
+    keep_content_id: false,
     new_content_id: 0x1234_5678,
 };
 
