@@ -49,7 +49,8 @@ impl Lab {
             self.sh(&format!("dd if=/dev/urandom of={file} bs=1M count={} conv=fsync", mib(64)));
             let length = self.sh(&format!("stat -c %s {image}")).parse().unwrap();
             sizes.push((self.space(image), length));
-            self.sh(&format!("rm {file}; sync -f mnt; fstrim mnt"));
+            // What is freed is free when it is flushed; the file system's journal would do it in its own time.
+            self.sh(&format!("rm {file}; sync -f mnt; fstrim mnt; sync {}", device.path));
         }
         self.sh("umount mnt");
         device.detach();

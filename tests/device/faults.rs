@@ -19,7 +19,7 @@ impl<'a> Host<'a> {
             return None;
         }
         lab.allow_errors();
-        lab.sh("mkdir host; truncate -s 256M host.img; mkfs.ext4 -q host.img");
+        lab.sh("mkdir host; truncate -s 256M host.img; mkfs.ext4 -q -b 4096 host.img");
         let disk = lab.sh("losetup --find --show host.img");
         let sectors = lab.sh(&format!("blockdev --getsz {disk}")).parse().unwrap();
         lab.sh(&format!(
