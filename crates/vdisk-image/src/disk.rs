@@ -28,6 +28,8 @@ pub struct Disk {
     pub(crate) info: Info,
     /// What opening found to be wrong and went on.
     pub(crate) faults: Vec<Fault>,
+    /// What a repair does about the content ID.
+    pub(crate) content_id_step: Option<Step>,
     pub(crate) files: Vec<File>,
     pub(crate) cache: GrainCache,
     pub(crate) first_change: FirstChange,

@@ -26,6 +26,16 @@ pub(crate) enum Step {
     SetLen { file: FileId, len: u64 },
 }
 
+impl Step {
+    /// The file that a write is for.
+    pub(crate) fn written(&self) -> Option<FileId> {
+        match self {
+            Self::Write { file, .. } => Some(*file),
+            Self::Barrier(_) | Self::SetLen { .. } => None,
+        }
+    }
+}
+
 /// What a flush has to do, and the tables that must stay in memory until it is done.
 #[derive(Debug, Default)]
 pub(crate) struct FlushPlan<'a> {
