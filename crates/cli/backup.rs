@@ -20,7 +20,8 @@ use vdisk_io::{BlockingIo, FileSet, block_on};
 
 use crate::failure::{Failure, Result};
 
-const SECTOR: u64 = 512;
+const SECTOR_LEN: usize = 512;
+const SECTOR: u64 = SECTOR_LEN as u64;
 const MAGIC: &str = "vdisk repair backup, version 1\n";
 /// A record's line at most: a name of 255 bytes, escaped.
 const MAX_LINE: usize = 4096;
@@ -239,7 +240,7 @@ impl Undo {
         let failed = |e: io::Error| Failure::doing(format_args!("backup {}", path.display()), &e);
         let file = File::open(path).map_err(failed)?;
         let mut reader = BufReader::with_capacity(1 << 20, file.try_clone().map_err(failed)?);
-        let mut sector = [0; SECTOR as usize];
+        let mut sector = [0; SECTOR_LEN];
         let is_ours = reader.read_exact(&mut sector).is_ok() && sector.starts_with(MAGIC.as_bytes());
         if !is_ours {
             return Err(Failure::new(format!("{} is no backup of a repair", path.display())));
@@ -276,7 +277,7 @@ impl Undo {
                     let mut data = vec![0; usize::try_from(*len).unwrap_or(0)];
                     self.file.read_exact_at(&mut data, *at).map_err(failed)?;
                     let buf = io.alloc(data.len());
-                    io.copy_in(&buf, 0, &data);
+                    io.copy_in(&buf, 0, &data).map_err(failed)?;
                     block_on(io.write_at(id, &buf, 0..data.len(), *offset)).map_err(failed)?;
                     bytes += len;
                 }
@@ -306,7 +307,7 @@ impl Undo {
                 let buf = io.alloc(len);
                 block_on(io.read_at(id, &buf, 0..len, *offset)).map_err(failed)?;
                 let mut data = vec![0; len];
-                io.copy_out(&buf, 0, &mut data);
+                io.copy_out(&buf, 0, &mut data).map_err(failed)?;
                 let now = crc(&data);
                 Ok(self.of_same(record).any(|r| match r {
                     Record::Bytes { crc32, crc32_after, .. } => [*crc32, *crc32_after].contains(&now),
@@ -340,7 +341,7 @@ impl Record {
 fn read_record(reader: &mut impl Read) -> io::Result<Option<Record>> {
     let mut line = Vec::new();
     while line.last() != Some(&b'\n') {
-        let mut sector = [0; SECTOR as usize];
+        let mut sector = [0; SECTOR_LEN];
         if line.len() > MAX_LINE || !is_whole(reader.read_exact(&mut sector))? {
             return Ok(None);
         }

@@ -307,7 +307,10 @@ impl HostFile {
         offset: u64,
     ) -> io::Result<Transfer<'a, B>> {
         let len = part.len() as u64;
-        self.check_cut()?;
+        // A file that is only read is not made longer by us: what is still there is as it was.
+        if self.writable {
+            self.check_cut()?;
+        }
         let offset = match direction {
             Direction::Read => self.locate(offset, len)?,
             Direction::Write => self.locate_change(offset, len)?,
