@@ -130,7 +130,13 @@ impl Opened {
         let opened = Self::look_as(options, mode, how).map_err(|failure| {
             let changed = options.overlay.as_ref().unwrap_or(&options.image);
             let real = fs::canonicalize(changed).unwrap_or_else(|_| changed.clone());
-            failure.naming(&StateDir::host().list().unwrap_or_default(), &real, "")
+            let hint = match failure.hint {
+                _ if failure.busy => Some("end the other process first"),
+                // These verbs have no such option.
+                Some("use --read-only") => None,
+                hint => hint,
+            };
+            OpenFailure { hint, ..failure }.naming(&StateDir::host().list().unwrap_or_default(), &real, "")
         })?;
         if let Ok(opened) = &opened {
             opened.check_recovered()?;

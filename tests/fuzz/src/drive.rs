@@ -9,7 +9,7 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
-use vdisk_image::{CheckWatch, Disk, DiskError, Fault, FaultKind, FileIo, Flags, Format, Op, OpenOptions, Request};
+use vdisk_image::{CheckWatch, CompactWatch, Disk, DiskError, Fault, FaultKind, FileIo, Flags, Format, Op, OpenOptions, Request};
 
 /// Bytes of a request at most. More is no fault of the image: whoever asks for a terabyte of zeroes gets it.
 const MAX_LEN: u64 = 256 << 10;
@@ -138,6 +138,10 @@ pub fn drive(engine: &Engine, options: &OpenOptions, asks: &[Ask], sound: bool, 
         if first.what == What::Reopen {
             asks = &asks[1..];
             close(&disk, engine, &mut model, sound);
+            if first.flags.fua && !disk.geometry().read_only {
+                drop(disk);
+                compact(engine, options, first.flags.no_unmap, sound);
+            }
             match open(engine, options, sound) {
                 Some(again) => disk = again,
                 None => return,
@@ -165,6 +169,17 @@ pub fn drive(engine: &Engine, options: &OpenOptions, asks: &[Ask], sound: bool, 
     }
 }
 
+/// Compacts the image, or only looks what that would give. Whatever comes of it, the disk reads as before.
+fn compact(engine: &Engine, options: &OpenOptions, dry_run: bool, sound: bool) {
+    let options = OpenOptions { keep_content_id: true, ..options.clone() };
+    let Some(disk) = open(engine, &options, sound) else { return };
+    let done = run(disk.compact(engine, dry_run, &mut Watch { sound }));
+    let closed = if dry_run { Ok(()) } else { run(disk.close(engine)) };
+    if let Err(e) = done.map(drop).and(closed) {
+        assert!(!sound, "{}", chain(&e));
+    }
+}
+
 /// Closes the disk. What could not be made durable may be anything from then on.
 fn close(disk: &Disk, engine: &Engine, model: &mut Model, sound: bool) {
     if let Err(e) = run(disk.close(engine)) {
@@ -186,6 +201,16 @@ impl CheckWatch for Watch {
 
     fn progress(&mut self, done: u64, total: u64) {
         assert!(done <= total);
+    }
+}
+
+impl CompactWatch for Watch {
+    fn progress(&mut self, done: u64, total: u64) {
+        assert!(done <= total);
+    }
+
+    fn is_stopped(&self) -> bool {
+        false
     }
 }
 

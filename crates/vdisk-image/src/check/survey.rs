@@ -3,7 +3,7 @@
 use super::FaultKind;
 use super::place::Wrong;
 use super::verdict::{Says, Side};
-use crate::coding::Entry;
+use crate::coding::{Coding, Entry};
 use crate::disk::{Disk, size};
 use crate::error::DiskError;
 use crate::file_io::FileIo;
@@ -263,7 +263,11 @@ impl<'a> Survey<'a> {
         fixed.sort_unstable();
         let used = in_order(self.tables.areas(), self.grains.areas());
         let used = in_order(used, in_order(self.offered.areas(), fixed.into_iter()));
-        let mut from = self.extent.overhead;
+        let mut from = match self.extent.coding {
+            // What lies between the header and the directory is not known.
+            Coding::Cowd { .. } => self.extent.gd_at,
+            Coding::Hosted { .. } | Coding::SeSparse(_) => self.extent.overhead,
+        };
         used.filter_map(move |(start, end)| {
             let gap = (from.next_multiple_of(SECTOR_SIZE), start);
             from = from.max(end);

@@ -219,12 +219,14 @@ fn a_power_cut_or_a_kill_at_any_point_loses_nothing() {
         let what = format!("{shape:?}, seed {seed}");
         let random = Random::new(seed);
         let files = used(shape, seed);
-        let (expected, whole) = (bytes_of(&files), lens(&compact(&files).0));
+        let memory = Memory::new(files.clone(), seed);
+        run(compact_on(&memory, false, &mut Watch::default())).unwrap();
+        let (expected, whole, calls) = (bytes_of(&files), lens(&memory.files()), memory.calls());
         let mut cut = files;
         // It goes on, and is cut off again.
         for _ in 0..1 + random.below(3) {
             let memory = Memory::new(cut, seed);
-            memory.dead_from_call.set(random.below(400));
+            memory.dead_from_call.set(random.below(calls));
             let _ = run(compact_on(&memory, false, &mut Watch::default()));
             cut = match random.below(2) {
                 0 => memory.after_power_cut(&random),
