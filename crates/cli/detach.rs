@@ -32,6 +32,8 @@ pub(crate) struct Args {
 
 /// How long udev, blkid and the like may take to look at a device.
 const GLANCE: Duration = Duration::from_secs(3);
+/// How long a server may take to note that its image is poisoned.
+const NOTING: Duration = Duration::from_secs(1);
 /// After this the user is told what is waited for.
 const PATIENCE: Duration = Duration::from_secs(5);
 /// How long a server that is to be ended by force may take.
@@ -147,10 +149,20 @@ fn detach(dir: &StateDir, state: State, force: bool) -> Result<()> {
     }
 }
 
-/// Whether a sync of the image has failed, by now: the state may be older.
+/// Whether the image is poisoned, now that a flush of the device has failed. Its server enters that in the books a moment after it has
+/// answered the flush.
 fn is_poisoned(dir: &StateDir, state: &State) -> bool {
-    state.poisoned.is_some()
-        || dir.lock().is_ok_and(|books| books.reread(state).is_some_and(|now| now.poisoned.is_some()))
+    let deadline = Instant::now() + NOTING;
+    loop {
+        let now = dir.lock().ok().and_then(|books| books.reread(state));
+        if now.is_some_and(|now| now.poisoned.is_some()) {
+            return true;
+        }
+        if Instant::now() >= deadline {
+            return false;
+        }
+        thread::sleep(NOTING / 50);
+    }
 }
 
 /// The server is dead; the device may still be there.

@@ -44,12 +44,13 @@ impl Lab {
         let device = self.attach(image);
         self.sh(&format!("mkdir -p mnt; mkfs.ext4 -q {disk}; mount {disk} mnt", disk = device.path));
         let mut sizes = Vec::new();
-        for round in 0..setting("VDISK_DISCARD_ROUNDS").unwrap_or(8) {
+        for round in 0..setting("VDISK_DISCARD_ROUNDS").unwrap_or(5) {
             let file = format!("mnt/file{round}");
-            self.sh(&format!("dd if=/dev/urandom of={file} bs=1M count={} conv=fsync", mib(64)));
+            self.sh(&format!("dd if=/dev/urandom of={file} bs=1M count={} conv=fsync", mib(32)));
             let length = self.sh(&format!("stat -c %s {image}")).parse().unwrap();
             sizes.push((self.space(image), length));
-            self.sh(&format!("rm {file}; sync -f mnt; fstrim mnt"));
+            // What is freed is free when it is flushed; the file system's journal would do it in its own time.
+            self.sh(&format!("rm {file}; sync -f mnt; fstrim mnt; sync {}", device.path));
         }
         self.sh("umount mnt");
         device.detach();

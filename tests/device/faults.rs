@@ -19,7 +19,7 @@ impl<'a> Host<'a> {
             return None;
         }
         lab.allow_errors();
-        lab.sh("mkdir host; truncate -s 256M host.img; mkfs.ext4 -q host.img");
+        lab.sh("mkdir host; truncate -s 256M host.img; mkfs.ext4 -q -b 4096 host.img");
         let disk = lab.sh("losetup --find --show host.img");
         let sectors = lab.sh(&format!("blockdev --getsz {disk}")).parse().unwrap();
         lab.sh(&format!(
@@ -219,6 +219,7 @@ fn bad_sectors_under_a_grain_table_are_an_error_and_never_zeroes() {
     host.mend();
     let other = lab.read_at(&device, 640, 1024);
     assert!(other.status.success() && other.stdout == std::fs::read(lab.path().join("data")).unwrap());
+    assert!(lab.write_at(&device, 641, 64, true).status.success());
     // It is known now, and cannot be written: nobody knows any more what is durable.
     host.break_at("host/disk.vmdk", block, 4096);
     assert!(!lab.write_at(&device, 642, 64, true).status.success(), "a flush without its table succeeded");
