@@ -165,6 +165,15 @@ need_rust() {
     rust_ok "$want" || die "Rust $want is still missing (found: $(cargo --version 2>/dev/null || echo none))"
 }
 
+# Lets everybody use /dev/fuse, as udev does: without udev (containers, microVMs) it may be root's alone, and a test of what users do
+# without root would fail.
+open_fuse() {
+    [ -c /dev/fuse ] && [ "$(stat -c %a /dev/fuse)" != 666 ] || return 0
+    say "/dev/fuse is not for all users, as it is where udev runs"
+    confirm "chmod 666 /dev/fuse?" || die "needed: /dev/fuse for all users"
+    as_root chmod 666 /dev/fuse
+}
+
 # A Python with the readers that tests/oracles.rs compares with, named by VDISK_ORACLES. In the cache, as it is nothing of Debian's.
 need_oracles() {
     local dir=${XDG_CACHE_HOME:-$HOME/.cache}/vdisk-oracles list=$repo/tests/oracles.txt

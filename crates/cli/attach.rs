@@ -9,7 +9,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use crate::failure::{Exit, Failure, Result};
-use crate::options::{DirectIo, ImageOptions};
+use crate::options::{DirectIo, ImageOptions, ZeroCopy};
 use crate::report::{RECEIPT, Report};
 use crate::state::StateDir;
 use crate::transport::{Choice, DeviceOptions};
@@ -34,6 +34,9 @@ pub(crate) struct Args {
     /// Requests in flight per queue (ublk only: nbd and loop devices have 128)
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=4096))]
     pub(crate) depth: Option<u16>,
+    /// Serve requests in the kernel's own pages instead of copying them (ublk only; auto: where the kernel can, Linux 6.16)
+    #[arg(long, value_enum, value_name = "WHEN", default_value_t = ZeroCopy::Auto)]
+    pub(crate) zero_copy: ZeroCopy,
     /// Stay in the foreground and log to stderr (for service managers)
     #[arg(long)]
     pub(crate) foreground: bool,
@@ -41,7 +44,7 @@ pub(crate) struct Args {
 
 impl Args {
     pub(crate) fn device_options(&self) -> DeviceOptions {
-        DeviceOptions { queues: self.queues, depth: self.depth }
+        DeviceOptions { queues: self.queues, depth: self.depth, zero_copy: self.zero_copy }
     }
 }
 

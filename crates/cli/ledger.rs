@@ -144,6 +144,15 @@ impl Opened {
         Ok(())
     }
 
+    /// Refuses what is not to happen before everything that was acknowledged is in the image.
+    pub(crate) fn check_recovered(&self) -> Result<()> {
+        self.check_others()?;
+        match self.left_behind() {
+            Some(left) => Err(Failure::new(left)),
+            None => Ok(()),
+        }
+    }
+
     /// What a killed server has left of this image, which is only read now.
     pub(crate) fn left_behind(&self) -> Option<String> {
         let grains = self.disk.left_in(existing(&path(&self.files)?)?);

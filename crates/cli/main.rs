@@ -8,6 +8,7 @@
 mod attach;
 mod attach_fuse;
 mod attach_nbd;
+mod backup;
 mod check;
 mod detach;
 mod failure;
@@ -27,6 +28,7 @@ mod partitions;
 mod process;
 mod progress;
 mod recover;
+mod repair;
 mod report;
 mod serve;
 mod serve_fuse;

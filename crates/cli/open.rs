@@ -12,6 +12,7 @@ use crate::failure::{Failure, Result, chain};
 use crate::location::Location;
 use crate::options::{DirectIo, FormatChoice, ImageOptions, LookOptions, Zeroout};
 use crate::overlay::{self, Overlay};
+use crate::state::{State, StateDir};
 
 /// An image that is open and locked.
 pub(crate) struct Opened {
@@ -106,18 +107,45 @@ impl Opened {
         }
     }
 
+    /// Opens and locks an image to be mended, while nobody else has it open and nothing waits to be recovered. An error of the image
+    /// itself is the inner one.
+    pub(crate) fn open_to_mend(options: &LookOptions) -> Result<Result<Self, DiskError>> {
+        let mode = OpenMode { writable: true, trust_paths: options.trust_paths, ..OpenMode::default() };
+        let how = OpenOptions { read_only: false, new_content_id: random(), ..to_read(options.format, true) };
+        let named = |failure: OpenFailure| {
+            let changed = options.overlay.as_ref().unwrap_or(&options.image);
+            let real = fs::canonicalize(changed).unwrap_or_else(|_| changed.clone());
+            failure.naming(&StateDir::host().list().unwrap_or_default(), &real, "")
+        };
+        match Self::look_as(options, mode, &how).map_err(named)? {
+            Ok(opened) => {
+                opened.check_recovered()?;
+                Ok(Ok(opened))
+            }
+            Err(Unopened(e, _)) if matches!(e.kind(), ErrorKind::Corrupt | ErrorKind::Unsupported) => Ok(Err(e)),
+            Err(unopened) => Err(named(unopened.into())),
+        }
+    }
+
     fn look(options: &LookOptions, mode: OpenMode, examine: bool) -> Result<Result<Self, Unopened>, OpenFailure> {
+        Self::look_as(options, mode, &to_read(options.format, examine))
+    }
+
+    fn look_as(
+        options: &LookOptions,
+        mode: OpenMode,
+        how: &OpenOptions,
+    ) -> Result<Result<Self, Unopened>, OpenFailure> {
         let image = Location::of(&options.image);
-        let how = to_read(options.format, examine);
         let Some(overlay) = &options.overlay else {
             let (files, id) = image.open(mode).map_err(|e| OpenFailure::host(image.path(), e))?;
-            let disk = block_on(Disk::open(&files, id, &how));
+            let disk = block_on(Disk::open(&files, id, how));
             return Ok(Self::of(files, disk).map_err(|e| Unopened(e, options.image.clone())));
         };
         let name = overlay::hint(overlay, &image).map_err(|e| OpenFailure::host(image.path(), e))?;
         let (files, id) = HostFiles::open(overlay, mode).map_err(|e| OpenFailure::host(Path::new(""), e))?;
         let base = image.open_as_base(&files).map_err(|e| OpenFailure::host(image.path(), e))?;
-        let disk = block_on(Disk::open_overlay(&files, id, base, &name, &how));
+        let disk = block_on(Disk::open_overlay(&files, id, base, &name, how));
         Ok(Self::of(files, disk).map_err(|e| Unopened(e, overlay.clone())))
     }
 
@@ -253,6 +281,18 @@ impl OpenFailure {
         let rest = text.strip_prefix(&name).and_then(|rest| rest.strip_prefix(": ").or(rest.strip_prefix(' ')));
         let text = rest.unwrap_or(text);
         Self { plain: Failure::new(text), busy: kind == ErrorKind::Busy, hint: hint(kind, text) }
+    }
+
+    /// With what to do about it: if a device holds the image, whose real path is `image`, that it is to be detached `or` what else.
+    pub(crate) fn naming(self, states: &[State], image: &Path, or: &str) -> Failure {
+        let image = image.to_string_lossy();
+        match states.iter().find(|s| self.busy && s.image == image && s.is_live()) {
+            Some(State { device, pid, .. }) => {
+                let device = device.display();
+                self.plain.hint(format_args!("attached as {device} by pid {pid}: vdisk detach it first{or}"))
+            }
+            None => self.hinted(),
+        }
     }
 
     /// With what to do about it.

@@ -101,6 +101,13 @@ pub(crate) enum DirectIo {
     Off,
 }
 
+/// `--zero-copy`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum ZeroCopy {
+    Auto,
+    Off,
+}
+
 /// `--zeroout`
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Zeroout {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::failure::{Failure, Result, chain};
 use crate::open::Opened;
+use crate::options::ZeroCopy;
 use crate::signals::Stop;
 use crate::state::State;
 use crate::transport::{Callbacks, DeviceOptions, ServeFailure};
@@ -27,7 +28,11 @@ pub(crate) fn serve(
     let device_stop = vdisk_ublk::Stop::new();
     let armed = device_stop.clone();
     stop.arm(move || armed.trigger());
-    let options = vdisk_ublk::Options { queues: options.queues, depth: options.depth, ..Default::default() };
+    let zero_copy = match options.zero_copy {
+        ZeroCopy::Auto => vdisk_ublk::ZeroCopy::Auto,
+        ZeroCopy::Off => vdisk_ublk::ZeroCopy::Off,
+    };
+    let options = vdisk_ublk::Options { queues: options.queues, depth: options.depth, zero_copy, ..Default::default() };
     let (disk, files) = (Arc::clone(&image.disk), Arc::clone(&image.files));
     let added = |device: &vdisk_ublk::Added| (callbacks.added)(&device.path);
     let ready = |device: &vdisk_ublk::Device| (callbacks.ready)(&device.path, Vec::new());

@@ -271,15 +271,6 @@ fn clear_dead(books: &Books<'_>, state: &State) -> Result<Option<String>> {
 
 /// Says which device holds the image, if it is one of ours.
 fn name_holder(failure: open::OpenFailure, path: &Path, session: &Mutex<Session>) -> Failure {
-    let image = path.to_string_lossy();
     let states = lock(session).dir.list().unwrap_or_default();
-    let holder = states.into_iter().find(|s| s.image == image && s.is_live()).filter(|_| failure.busy);
-    match holder {
-        Some(state) => failure.plain.hint(format_args!(
-            "attached as {} by pid {}: vdisk detach it first, or attach both with --read-only",
-            state.device.display(),
-            state.pid
-        )),
-        None => failure.hinted(),
-    }
+    failure.naming(&states, path, ", or attach both with --read-only")
 }

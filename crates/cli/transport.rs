@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::failure::{Failure, Result};
 use crate::open::Opened;
+use crate::options::ZeroCopy;
 use crate::signals::Stop;
 use crate::state::State;
 use crate::{attach_fuse, attach_nbd, modules, serve_ublk};
@@ -34,6 +35,7 @@ pub(crate) enum Choice {
 pub(crate) struct DeviceOptions {
     pub(crate) queues: Option<u16>,
     pub(crate) depth: Option<u16>,
+    pub(crate) zero_copy: ZeroCopy,
 }
 
 /// What is to be told of a device on its way.

@@ -1,5 +1,8 @@
 //! The bytes are right, by the word of programs that are not ours.
 
+use std::fs::{File, OpenOptions};
+use std::os::unix::fs::{FileExt, OpenOptionsExt};
+
 use crate::lab::{Lab, listed, text, transport};
 
 /// Random writes of 4 KiB and of odd sizes on every writable subformat, verified by fio, then compared by qemu-img.
@@ -94,4 +97,97 @@ fn a_full_host_is_an_error_and_not_a_broken_image() {
         lab.sh("qemu-img check small/disk.vmdk; qemu-img convert -O raw small/disk.vmdk raw; cmp -n 8388608 data raw");
     assert!(check.contains("No errors"), "{check}");
     lab.sh("umount small");
+}
+
+/// Whoever goes around the device's page cache lends it memory of any alignment that the device takes. What lies below may want a
+/// larger one: a disk of sectors 512 bytes, a page cache none.
+#[test]
+fn memory_of_any_alignment_is_read_to_and_written_from() {
+    let lab = Lab::new();
+    for options in ["--direct-io on", "--direct-io off"] {
+        lab.sh("rm -f disk.vmdk");
+        lab.vmdk("disk.vmdk", "64M");
+        let device = lab.attach(&format!("{options} disk.vmdk"));
+        let disk = direct(&device.path);
+        let wanted = lab.sh(&format!("cat /sys/block/{}/queue/dma_alignment", device.path.trim_start_matches("/dev/")));
+        let wanted = wanted.parse::<usize>().unwrap() + 1;
+        let mut expected = vec![0; 4 << 20];
+        // Whole grains and parts of them, over the border of one; first into new grains, then into those.
+        for (n, (offset, len)) in
+            [(0, 4096), (61440, 8192), (1 << 20, 300 << 10), (0, 512), (512, 65536)].into_iter().enumerate()
+        {
+            for align in [4096, 512, 4].into_iter().filter(|align| *align >= wanted) {
+                let bytes: Vec<u8> = (0..len).map(|at| (at / 512 * 3 + at + n + align) as u8).collect();
+                let mut memory = Aligned::new(len, align);
+                memory.bytes().copy_from_slice(&bytes);
+                disk.write_all_at(memory.bytes(), offset as u64).unwrap();
+                expected[offset..offset + len].copy_from_slice(&bytes);
+                let mut memory = Aligned::new(expected.len(), align);
+                disk.read_exact_at(memory.bytes(), 0).unwrap();
+                assert!(memory.bytes() == expected, "{options}, {len} bytes at {offset}, memory aligned to {align}");
+            }
+        }
+        println!("{options}: the device takes memory aligned to {wanted}");
+        drop(disk);
+        device.detach();
+        lab.sh("qemu-img check disk.vmdk; qemu-img convert -O raw disk.vmdk raw");
+        assert!(std::fs::read(lab.path().join("raw")).unwrap()[..expected.len()] == expected, "{options}");
+    }
+}
+
+/// Grains in the cache, compressed ones, and holes are in no file as they are.
+#[test]
+fn what_is_in_no_file_reads_as_it_should() {
+    let lab = Lab::new();
+    lab.sh("dd if=/dev/urandom bs=1M count=6 of=raw; truncate -s 64M raw; dd if=raw bs=64K count=32 of=raw seek=500 conv=notrunc");
+    lab.sh("qemu-img convert -O vmdk raw sparse.vmdk; qemu-img convert -O vmdk -o subformat=streamOptimized raw stream.vmdk");
+    let sum = lab.sha256("raw");
+    let raw = std::fs::read(lab.path().join("raw")).unwrap();
+    for args in ["sparse.vmdk", "-r stream.vmdk", "--overlay over.vmdk stream.vmdk"] {
+        let device = lab.attach(args);
+        assert_eq!(lab.sha256(&device.path), sum, "{args}");
+        let disk = direct(&device.path);
+        // Each grain again and again, as small as can be: it comes into the cache on the way.
+        let mut memory = Aligned::new(4096, 512);
+        for at in (0..40).flat_map(|_| ((6 << 20) - (256 << 10)..(6 << 20) + (64 << 10)).step_by(4096)) {
+            disk.read_exact_at(memory.bytes(), at as u64).unwrap();
+            assert!(memory.bytes() == &raw[at..at + 4096], "{args}: byte {at}");
+        }
+        // Requests in which all of them meet.
+        let mut memory = Aligned::new(1 << 20, 512);
+        disk.read_exact_at(memory.bytes(), (6 << 20) - (300 << 10)).unwrap();
+        assert!(memory.bytes() == &raw[(6 << 20) - (300 << 10)..][..1 << 20], "{args}: a long request");
+        drop(disk);
+        device.detach();
+    }
+}
+
+/// A device around its page cache.
+fn direct(path: &str) -> File {
+    OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(path)
+        .or_else(|_| OpenOptions::new().read(true).custom_flags(libc::O_DIRECT).open(path))
+        .unwrap()
+}
+
+/// Memory whose address is a multiple of `align` and of no more.
+struct Aligned {
+    memory: Vec<u8>,
+    start: usize,
+    len: usize,
+}
+
+impl Aligned {
+    fn new(len: usize, align: usize) -> Self {
+        let memory = vec![0; len + 4 * 4096];
+        let start = memory.as_ptr().align_offset(8192) % 8192 + align;
+        Self { memory, start, len }
+    }
+
+    fn bytes(&mut self) -> &mut [u8] {
+        &mut self.memory[self.start..self.start + self.len]
+    }
 }

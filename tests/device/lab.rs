@@ -12,6 +12,11 @@ pub(crate) fn transport() -> String {
         .expect("VDISK_TRANSPORT names the transport to test: see tests/vm/run and tests/device/native")
 }
 
+/// Options of attach that make up the mode under test, if it is not the default one.
+fn mode() -> String {
+    std::env::var("VDISK_MODE").unwrap_or_default()
+}
+
 /// A directory of the test's own on a file system that punches holes.
 pub(crate) struct Lab(tempfile::TempDir, Instant);
 
@@ -62,9 +67,9 @@ impl Lab {
         self.try_sh(&format!("$vdisk {args}"))
     }
 
-    /// Attaches over the transport under test.
+    /// Attaches over the transport under test, in the mode under test.
     pub(crate) fn attach(&self, args: &str) -> Device<'_> {
-        self.attach_as(&format!("--transport {} {args}", transport()))
+        self.attach_as(&format!("--transport {} {} {args}", transport(), mode()))
     }
 
     /// Attaches with just these arguments.
@@ -74,7 +79,7 @@ impl Lab {
 
     /// Attaches over the transport under test, and has every request logged.
     pub(crate) fn attach_traced(&self, args: &str) -> Device<'_> {
-        self.attach_in("VDISK_LOG=trace", &format!("--transport {} {args}", transport()))
+        self.attach_in("VDISK_LOG=trace", &format!("--transport {} {} {args}", transport(), mode()))
     }
 
     fn attach_in(&self, environment: &str, args: &str) -> Device<'_> {

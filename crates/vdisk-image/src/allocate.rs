@@ -23,7 +23,7 @@ use vmdk_parse::SECTOR_SIZE;
 const GROWTH: u64 = if cfg!(test) { 64 << 10 } else { 16 << 20 };
 
 /// End of what grain table entries can name, in bytes of the file.
-const ADDRESSABLE: u64 = u32::MAX as u64 * SECTOR_SIZE;
+pub(crate) const ADDRESSABLE: u64 = u32::MAX as u64 * SECTOR_SIZE;
 
 /// What changes in an extent. Behind its lock, which is never held across an await or an I/O.
 #[derive(Debug, Default)]

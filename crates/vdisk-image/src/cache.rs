@@ -1,8 +1,9 @@
 //! The grain cache: grains that are read in small pieces again and again.
 //!
-//! Write-through, so that it never holds what the file does not. A grain comes in at its second read within a while: data
-//! that is read once costs no more than the read. A compressed one comes in at its first read. A change takes the grain out
-//! after its I/O and before its reply; a fill that was under way meanwhile notices and is thrown away.
+//! Write-through, so that it never holds what the file does not. A grain comes in when as much of it was read in pieces as it
+//! is long: whatever is read, the cache at most doubles it, and reads that are spread wide leave it alone, at the price of a look
+//! at one word that no lock guards. A compressed grain comes in at its first read. A change takes the grain out after its I/O
+//! and before its reply; a fill that was under way meanwhile notices and is thrown away.
 
 use crate::file_io::FileId;
 use crate::wait::locked;
@@ -15,8 +16,10 @@ const SHARDS: usize = 16;
 /// Larger grains are not cached: a small read would become a thousand times as large.
 pub(crate) const MAX_GRAIN: u64 = 1 << 20;
 
-/// Grains that a shard remembers to have been read once, at most.
-const MAX_SEEN: usize = 1 << 14;
+/// Tallies for each grain that there is room for, and at most altogether. Of grains that share one only the last is counted: a
+/// few more than fit hardly meet, and the many of a wide load always do.
+const TALLIES: usize = 4;
+const MAX_TALLIES: usize = 1 << 18;
 
 /// A grain by its file and byte offset in it; a compressed grain by its byte offset in the extent.
 pub(crate) type GrainKey = (FileId, u64);
@@ -26,6 +29,8 @@ pub(crate) type GrainKey = (FileId, u64);
 pub(crate) struct GrainCache {
     shards: Vec<Mutex<Shard>>,
     shard_bytes: usize,
+    /// What was read lately of which grain.
+    tallies: Box<[AtomicU64]>,
     /// Grains in the cache or on their way into it.
     used: AtomicUsize,
     next_fill: AtomicU64,
@@ -35,8 +40,30 @@ pub(crate) struct GrainCache {
 struct Shard {
     grains: LruCache<GrainKey, Slot>,
     bytes: usize,
-    /// Grains that were read once and are not here.
-    seen: LruCache<GrainKey, ()>,
+}
+
+/// How much was read of a grain in pieces: its name in the upper half, then whether it came in since, then bytes.
+#[derive(Clone, Copy)]
+struct Tally(u64);
+
+impl Tally {
+    const CAME_IN: u64 = 1 << 31;
+
+    fn new(name: u64, bytes: usize) -> Self {
+        Self(name << 32 | (bytes as u64).min(Self::CAME_IN - 1))
+    }
+
+    fn is_of(self, name: u64) -> bool {
+        self.0 >> 32 == name & 0xffff_ffff
+    }
+
+    fn came_in(self) -> bool {
+        self.0 & Self::CAME_IN != 0
+    }
+
+    fn bytes(self) -> usize {
+        usize::try_from(self.0 & (Self::CAME_IN - 1)).unwrap_or(usize::MAX)
+    }
 }
 
 #[derive(Debug)]
@@ -70,28 +97,48 @@ impl GrainCache {
         let grain = usize::try_from(grain).unwrap_or(usize::MAX).max(1);
         let shards = SHARDS.min(bytes / grain);
         let shard_bytes = bytes.checked_div(shards).unwrap_or(0);
-        // The list of grains takes its memory at once: bounded, whatever budget was asked for.
-        let seen =
-            std::num::NonZeroUsize::new((shard_bytes / grain).min(MAX_SEEN)).unwrap_or(std::num::NonZeroUsize::MIN);
-        let shard = || Shard { grains: LruCache::unbounded(), bytes: 0, seen: LruCache::new(seen) };
+        let shard = || Shard { grains: LruCache::unbounded(), bytes: 0 };
+        let tallies = if shards == 0 { 0 } else { (bytes / grain * TALLIES).clamp(1, MAX_TALLIES).next_power_of_two() };
         Self {
             shards: (0..shards).map(|_| Mutex::new(shard())).collect(),
             shard_bytes,
+            tallies: (0..tallies).map(|_| AtomicU64::new(0)).collect(),
             used: AtomicUsize::new(0),
             next_fill: AtomicU64::new(0),
         }
     }
 
     fn shard(&self, key: GrainKey) -> Option<&Mutex<Shard>> {
-        // Mixed, so that no regular pattern of grains falls into one shard. Grains are multiples of 4 KiB.
-        let mixed = (key.1 >> 12 ^ u64::from(key.0.0)).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32;
         let count = self.shards.len() as u64;
-        self.shards.get(usize::try_from(mixed.checked_rem(count)?).ok()?)
+        self.shards.get(usize::try_from((mixed(key) >> 32).checked_rem(count)?).ok()?)
     }
 
-    /// Looks a grain of `len` bytes up for a read of part of it.
-    pub(crate) fn look_up(&self, key: GrainKey, len: usize) -> Cached {
-        self.look(key, len, false)
+    /// Looks a grain of `len` bytes up for a read of `wanted` of them.
+    pub(crate) fn look_up(&self, key: GrainKey, len: usize, wanted: usize) -> Cached {
+        let mixed = mixed(key);
+        // The topmost bits: they differ the most for neighbours.
+        let slot = mixed.checked_shr(u64::BITS - self.tallies.len().trailing_zeros()).unwrap_or(0);
+        let Some(tally) = usize::try_from(slot).ok().and_then(|n| self.tallies.get(n)) else { return Cached::Miss };
+        // Another thread may count at the same time: that one of them is lost does not matter.
+        let so_far = Tally(tally.load(Ordering::Relaxed));
+        let put = |t: Tally| tally.store(t.0, Ordering::Relaxed);
+        if !so_far.is_of(mixed) {
+            put(Tally::new(mixed, wanted));
+            return Cached::Miss;
+        }
+        let bytes = so_far.bytes().saturating_add(wanted);
+        if !so_far.came_in() && bytes < len {
+            put(Tally::new(mixed, bytes));
+            return Cached::Miss;
+        }
+        let answer = self.look(key, len, !so_far.came_in());
+        match answer {
+            Cached::Fill(_) => put(Tally(Tally::new(mixed, 0).0 | Tally::CAME_IN)),
+            // It left again.
+            Cached::Miss => put(Tally::new(mixed, wanted)),
+            Cached::Hit(_) => {}
+        }
+        answer
     }
 
     /// The same for a grain that is dear to read, such as a compressed one: it comes in at its first read.
@@ -112,7 +159,8 @@ impl GrainCache {
         !self.shards.is_empty()
     }
 
-    fn look(&self, key: GrainKey, len: usize, eager: bool) -> Cached {
+    /// `fill`: it is to come in if it is not here.
+    fn look(&self, key: GrainKey, len: usize, fill: bool) -> Cached {
         let Some(shard) = self.shard(key) else { return Cached::Miss };
         let mut shard = locked(shard);
         match shard.grains.get(&key) {
@@ -120,8 +168,7 @@ impl GrainCache {
             Some(Slot::Filling(..)) => return Cached::Miss,
             None => {}
         }
-        if !eager && shard.seen.pop(&key).is_none() {
-            shard.seen.put(key, ());
+        if !fill {
             return Cached::Miss;
         }
         let id = self.next_fill.fetch_add(1, Ordering::Relaxed);
@@ -175,6 +222,11 @@ impl GrainCache {
     }
 }
 
+/// Mixed, so that no regular pattern of grains falls into one shard. Grains are multiples of 4 KiB.
+fn mixed(key: GrainKey) -> u64 {
+    (key.1 >> 12 ^ u64::from(key.0.0)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -185,20 +237,66 @@ mod tests {
         Some(Arc::from(vec![byte; 4096]))
     }
 
+    /// Half of a grain.
+    fn look_up(cache: &GrainCache, key: GrainKey) -> Cached {
+        cache.look_up(key, 4096, 2048)
+    }
+
     fn ask_twice(cache: &GrainCache, key: GrainKey) -> Fill {
-        assert!(matches!(cache.look_up(key, 4096), Cached::Miss));
-        match cache.look_up(key, 4096) {
+        assert!(matches!(look_up(cache, key), Cached::Miss));
+        match look_up(cache, key) {
             Cached::Fill(fill) => fill,
             other => panic!("{other:?}"),
         }
     }
 
     #[test]
-    fn the_second_read_fills_and_the_third_hits() {
+    fn a_grain_comes_in_when_as_much_of_it_was_read_as_it_has() {
+        let cache = GrainCache::new(1 << 20, 4096);
+        for _ in 0..7 {
+            assert!(matches!(cache.look_up(KEY, 4096, 512), Cached::Miss));
+        }
+        let Cached::Fill(fill) = cache.look_up(KEY, 4096, 512) else { panic!("read enough") };
+        cache.fill(&fill, grain(7));
+        for _ in 0..2 {
+            assert!(matches!(look_up(&cache, KEY), Cached::Hit(b) if b[0] == 7));
+        }
+    }
+
+    #[test]
+    fn a_grain_that_left_is_read_in_pieces_again_before_it_returns() {
         let cache = GrainCache::new(1 << 20, 4096);
         let fill = ask_twice(&cache, KEY);
         cache.fill(&fill, grain(7));
-        assert!(matches!(cache.look_up(KEY, 4096), Cached::Hit(b) if b[0] == 7));
+        cache.forget(KEY);
+        cache.fill(&ask_twice(&cache, KEY), grain(8));
+        assert!(matches!(look_up(&cache, KEY), Cached::Hit(b) if b[0] == 8));
+    }
+
+    #[test]
+    fn reads_that_are_spread_wide_leave_the_cache_alone() {
+        let cache = GrainCache::new(1 << 20, 65536);
+        for n in 0..100_000u64 {
+            // Every grain of 64 MiB comes again after a thousand others.
+            let answer = cache.look_up((FileId(0), n * 7919 % 1024 * 65536), 65536, 4096);
+            assert!(matches!(answer, Cached::Miss), "read {n}");
+        }
+    }
+
+    #[test]
+    fn a_working_set_that_fits_comes_in() {
+        let cache = GrainCache::new(16 << 20, 65536);
+        let mut hits = 0;
+        for n in 0..10_000u64 {
+            let key = (FileId(0), n * 7919 % 128 * 65536);
+            match cache.look_up(key, 65536, 4096) {
+                Cached::Fill(fill) => cache.fill(&fill, Some(Arc::from(vec![0; 65536]))),
+                Cached::Hit(_) => hits += 1,
+                Cached::Miss => {}
+            }
+        }
+        // After 16 reads of each; some share a tally.
+        assert!(hits > 6000, "{hits}");
     }
 
     #[test]
@@ -207,7 +305,7 @@ mod tests {
         let fill = ask_twice(&cache, KEY);
         cache.forget(KEY);
         cache.fill(&fill, grain(7));
-        assert!(matches!(cache.look_up(KEY, 4096), Cached::Miss));
+        assert!(matches!(look_up(&cache, KEY), Cached::Miss));
     }
 
     #[test]
@@ -217,9 +315,9 @@ mod tests {
         cache.forget(KEY);
         let fresh = ask_twice(&cache, KEY);
         cache.fill(&stale, grain(1));
-        assert!(matches!(cache.look_up(KEY, 4096), Cached::Miss));
+        assert!(cache.hit(KEY).is_none());
         cache.fill(&fresh, grain(2));
-        assert!(matches!(cache.look_up(KEY, 4096), Cached::Hit(b) if b[0] == 2));
+        assert!(matches!(look_up(&cache, KEY), Cached::Hit(b) if b[0] == 2));
     }
 
     #[test]
@@ -246,7 +344,7 @@ mod tests {
     fn a_budget_of_nothing_caches_nothing() {
         let cache = GrainCache::new(0, 65536);
         for _ in 0..3 {
-            assert!(matches!(cache.look_up(KEY, 4096), Cached::Miss));
+            assert!(matches!(look_up(&cache, KEY), Cached::Miss));
         }
         cache.forget(KEY);
     }

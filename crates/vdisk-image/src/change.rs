@@ -86,7 +86,7 @@ impl Unclean {
         Self { file, at: COWD_UNCLEAN_SHUTDOWN_AT, bytes: 4 }
     }
 
-    fn step(self, value: u8) -> Step {
+    pub(crate) fn step(self, value: u8) -> Step {
         let mut bytes = vec![value];
         bytes.resize(self.bytes, 0);
         Step::Write { file: self.file, offset: self.at, bytes }
@@ -94,13 +94,7 @@ impl Unclean {
 }
 
 fn with_barriers(mut steps: Vec<Step>) -> Vec<Step> {
-    let mut files: Vec<FileId> = steps
-        .iter()
-        .filter_map(|s| match s {
-            Step::Write { file, .. } => Some(*file),
-            Step::Barrier(_) | Step::SetLen { .. } => None,
-        })
-        .collect();
+    let mut files: Vec<FileId> = steps.iter().filter_map(Step::written).collect();
     files.sort_unstable();
     files.dedup();
     steps.extend(files.into_iter().map(Step::Barrier));

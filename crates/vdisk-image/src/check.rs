@@ -4,6 +4,14 @@
 //! the grains of streams. Nothing is changed.
 
 mod extent;
+mod place;
+mod repair;
+mod survey;
+mod verdict;
+mod writer;
+
+pub use repair::{Repair, RepairWatch};
+pub use writer::{Backup, Kept};
 
 use crate::disk::Disk;
 use crate::error::DiskError;

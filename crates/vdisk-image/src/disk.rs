@@ -4,7 +4,7 @@ use crate::cache::GrainCache;
 use crate::change::FirstChange;
 use crate::check::Fault;
 use crate::error::{DiskError, ErrorKind};
-use crate::file_io::{FileId, FileIo};
+use crate::file_io::{FileId, FileIo, read_bytes};
 use crate::flush::{self, Failed, FlushPlan, Rounds, Step};
 use crate::grace::Grace;
 use crate::image::Chain;
@@ -28,6 +28,8 @@ pub struct Disk {
     pub(crate) info: Info,
     /// What opening found to be wrong and went on.
     pub(crate) faults: Vec<Fault>,
+    /// What a repair does about the content ID.
+    pub(crate) content_id_step: Option<Step>,
     pub(crate) files: Vec<File>,
     pub(crate) cache: GrainCache,
     pub(crate) first_change: FirstChange,
@@ -225,14 +227,9 @@ impl Disk {
         at: u64,
         len: u64,
     ) -> Result<Vec<u8>, DiskError> {
-        let len = size(len);
-        let buf = io.alloc(len);
-        io.read_at(file, &buf, 0..len, at)
+        read_bytes(io, file, at, size(len))
             .await
-            .map_err(|e| DiskError::host(format!("read {len} bytes of metadata at {at} of {}", self.name(file)), e))?;
-        let mut bytes = vec![0; len];
-        io.copy_out(&buf, 0, &mut bytes);
-        Ok(bytes)
+            .map_err(|e| DiskError::host(format!("read {len} bytes of metadata at {at} of {}", self.name(file)), e))
     }
 
     pub(crate) fn name(&self, file: FileId) -> String {

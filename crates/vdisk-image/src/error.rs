@@ -89,6 +89,12 @@ impl DiskError {
         self
     }
 
+    /// Whether the host's file ended before what was asked for.
+    pub(crate) fn is_end_of_file(&self) -> bool {
+        let host = self.source.as_deref().and_then(|e| e.downcast_ref::<io::Error>());
+        host.is_some_and(|e| e.kind() == io::ErrorKind::UnexpectedEof)
+    }
+
     /// What kind of error this is.
     pub fn kind(&self) -> ErrorKind {
         self.kind

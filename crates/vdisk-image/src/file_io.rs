@@ -23,14 +23,15 @@ pub trait FileIo {
     /// A zeroed buffer of `len` bytes in this process's own memory, for tables and headers.
     fn alloc(&self, len: usize) -> Self::Buf;
 
-    /// Stores `bytes` in the buffer from byte `at` on.
-    fn copy_in(&self, buf: &Self::Buf, at: usize, bytes: &[u8]);
+    /// Stores `bytes` in the buffer from byte `at` on. As the next two it takes no longer than a copy; it can only fail for a
+    /// buffer that is not this process's own memory.
+    fn copy_in(&self, buf: &Self::Buf, at: usize, bytes: &[u8]) -> io::Result<()>;
 
     /// Reads bytes of the buffer from byte `at` on.
-    fn copy_out(&self, buf: &Self::Buf, at: usize, bytes: &mut [u8]);
+    fn copy_out(&self, buf: &Self::Buf, at: usize, bytes: &mut [u8]) -> io::Result<()>;
 
     /// Zeroes a part of the buffer.
-    fn fill_zero(&self, buf: &Self::Buf, part: Range<usize>);
+    fn fill_zero(&self, buf: &Self::Buf, part: Range<usize>) -> io::Result<()>;
 
     /// Reads into `part` of the buffer. The end of the file is [`io::ErrorKind::UnexpectedEof`].
     async fn read_at(&self, file: FileId, buf: &Self::Buf, part: Range<usize>, offset: u64) -> io::Result<()>;
@@ -58,6 +59,19 @@ pub trait FileIo {
 
     /// Cuts or extends (by a hole) the file.
     async fn set_len(&self, file: FileId, len: u64) -> io::Result<()>;
+}
+
+/// Bytes of a file, through a buffer of its own.
+///
+/// # Errors
+///
+/// As of [`FileIo::read_at`].
+pub(crate) async fn read_bytes<I: FileIo>(io: &I, file: FileId, at: u64, len: usize) -> io::Result<Vec<u8>> {
+    let buf = io.alloc(len);
+    io.read_at(file, &buf, 0..len, at).await?;
+    let mut bytes = vec![0; len];
+    io.copy_out(&buf, 0, &mut bytes)?;
+    Ok(bytes)
 }
 
 /// A stretch of a file that is all data or all hole.

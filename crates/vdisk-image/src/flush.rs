@@ -26,6 +26,16 @@ pub(crate) enum Step {
     SetLen { file: FileId, len: u64 },
 }
 
+impl Step {
+    /// The file that a write is for.
+    pub(crate) fn written(&self) -> Option<FileId> {
+        match self {
+            Self::Write { file, .. } => Some(*file),
+            Self::Barrier(_) | Self::SetLen { .. } => None,
+        }
+    }
+}
+
 /// What a flush has to do, and the tables that must stay in memory until it is done.
 #[derive(Debug, Default)]
 pub(crate) struct FlushPlan<'a> {
@@ -210,10 +220,11 @@ async fn run_one<I: FileIo>(io: &I, step: &Step, name: &impl Fn(FileId) -> Strin
         }
         Step::Write { file, offset, bytes } => {
             let buf = io.alloc(bytes.len());
-            io.copy_in(&buf, 0, bytes);
-            io.write_at(*file, &buf, 0..bytes.len(), *offset).await.map_err(|e| {
+            let failed = |e| {
                 DiskError::host(format!("write {} bytes of metadata at {offset} of {}", bytes.len(), name(*file)), e)
-            })
+            };
+            io.copy_in(&buf, 0, bytes).map_err(failed)?;
+            io.write_at(*file, &buf, 0..bytes.len(), *offset).await.map_err(failed)
         }
         Step::SetLen { file, len } => {
             let what = || format!("cut {} to {len} bytes", name(*file));

@@ -6,7 +6,8 @@
 use crate::cache::{Cached, GrainKey, MAX_GRAIN};
 use crate::disk::{Disk, size};
 use crate::error::{DiskError, ErrorKind};
-use crate::file_io::{FileId, FileIo};
+use crate::file_io::{self, FileId, FileIo};
+use crate::read::{fill_zero, hand_over};
 use crate::wait::{WaitList, locked, until, wake};
 use flate2::{Decompress, FlushDecompress, Status};
 use futures_util::future::join_all;
@@ -80,10 +81,9 @@ impl Disk {
         if grain > MAX_GRAIN {
             return self.read_large(io, pack, buf).await;
         }
-        let copy = |bytes: &[u8]| {
-            if let Some(part) = bytes.get(size(pack.skip)..size(pack.skip + pack.len)) {
-                io.copy_in(buf, size(pack.start), part);
-            }
+        let copy = |bytes: &[u8]| match bytes.get(size(pack.skip)..size(pack.skip + pack.len)) {
+            Some(part) => hand_over(io, buf, pack.start, part),
+            None => Ok(()),
         };
         // At the first read already, and by one of those who want it: a grain of which small parts are read one after the
         // other, or together, is inflated once. The key is the grain and not its record: two entries may name one record,
@@ -91,8 +91,7 @@ impl Disk {
         let key = (pack.file, pack.record.lba.0 * SECTOR_SIZE);
         let claim = loop {
             if let Some(bytes) = self.cache.hit(key) {
-                copy(&bytes);
-                return Ok(());
+                return copy(&bytes);
             }
             if !self.cache.keeps_grains() {
                 break None;
@@ -103,25 +102,23 @@ impl Disk {
             }
         };
         let fill = match self.cache.look_up_eagerly(key, size(grain)) {
-            Cached::Hit(bytes) => {
-                copy(&bytes);
-                return Ok(());
-            }
+            Cached::Hit(bytes) => return copy(&bytes),
             Cached::Fill(fill) => Some(fill),
             Cached::Miss => None,
         };
         let mut bytes = Vec::new();
-        let result = self.inflate(io, pack.file, &pack.record, grain, |_, more| bytes.extend_from_slice(more)).await;
-        if result.is_ok() {
+        let inflated = self.inflate(io, pack.file, &pack.record, grain, |_, more| bytes.extend_from_slice(more)).await;
+        let mut copied = Ok(());
+        if inflated.is_ok() {
             bytes.resize(size(grain), 0);
-            copy(&bytes);
+            copied = copy(&bytes);
         }
         if let Some(fill) = fill {
-            self.cache.fill(&fill, result.is_ok().then(|| Arc::from(bytes)));
+            self.cache.fill(&fill, inflated.is_ok().then(|| Arc::from(bytes)));
         }
         // Not before the cache has it.
         drop(claim);
-        result
+        inflated.and(copied)
     }
 
     async fn wait_for_inflated(&self, key: GrainKey) {
@@ -135,18 +132,21 @@ impl Disk {
     /// Reads from a grain that is too large to be kept. What comes behind the wanted part is not looked at.
     async fn read_large<I: FileIo>(&self, io: &I, pack: &Packed, buf: &I::Buf) -> Result<(), DiskError> {
         let end = pack.skip + pack.len;
-        io.fill_zero(buf, size(pack.start)..size(pack.start + pack.len));
-        self.inflate(io, pack.file, &pack.record, end, |at, bytes| {
+        fill_zero(io, buf, pack.start, pack.len)?;
+        let mut copied = Ok(());
+        let inflated = self.inflate(io, pack.file, &pack.record, end, |at, bytes| {
             // The overlap of what is here, from `at` on, with what is wanted.
             let from = pack.skip.max(at);
             let to = end.min(at + bytes.len() as u64);
-            if from < to
+            if copied.is_ok()
+                && from < to
                 && let Some(part) = bytes.get(size(from - at)..size(to - at))
             {
-                io.copy_in(buf, size(pack.start + from - pack.skip), part);
+                copied = hand_over(io, buf, pack.start + from - pack.skip, part);
             }
-        })
-        .await
+        });
+        inflated.await?;
+        copied
     }
 
     /// Inflates a grain until it ends, or until more than `enough` bytes of it are known. `take` gets the bytes in order
@@ -207,14 +207,9 @@ impl Disk {
     }
 
     async fn read_bytes<I: FileIo>(&self, io: &I, file: FileId, at: u64, len: u64) -> Result<Vec<u8>, DiskError> {
-        let len = size(len);
-        let buf = io.alloc(len);
-        io.read_at(file, &buf, 0..len, at)
+        file_io::read_bytes(io, file, at, size(len))
             .await
-            .map_err(|e| DiskError::host(format!("read {len} bytes at {at} of {}", self.name(file)), e))?;
-        let mut bytes = vec![0; len];
-        io.copy_out(&buf, 0, &mut bytes);
-        Ok(bytes)
+            .map_err(|e| DiskError::host(format!("read {len} bytes at {at} of {}", self.name(file)), e))
     }
 }
 

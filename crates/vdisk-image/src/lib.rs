@@ -49,7 +49,7 @@ mod zero;
 #[cfg(test)]
 mod tests;
 
-pub use check::{CheckWatch, Fault, FaultKind, Leaks};
+pub use check::{Backup, CheckWatch, Fault, FaultKind, Kept, Leaks, Repair, RepairWatch};
 pub use create::NewImage;
 pub use disk::Disk;
 pub use error::{DiskError, ErrorKind};

@@ -5,7 +5,7 @@ use crate::check::{Fault, FaultKind};
 use crate::cowd;
 use crate::disk::size;
 use crate::error::{DiskError, ErrorKind};
-use crate::file_io::{FileId, Files};
+use crate::file_io::{FileId, Files, read_bytes};
 use crate::flush::Step;
 use crate::image::{Extent, Layout};
 use crate::info::{ExtentInfo, Format, Info};
@@ -35,6 +35,8 @@ pub(crate) struct Link {
     pub(crate) info: Info,
     /// What is wrong and does not keep the link from being read.
     pub(crate) faults: Vec<Fault>,
+    /// Makes the end of longContentID what the CID is, where the two differ.
+    pub(crate) content_id_step: Option<Step>,
 }
 
 /// What all links of a chain that were opened have together.
@@ -70,7 +72,8 @@ impl<'a, F: Files> Opening<'a, F> {
             notices: Vec::new(),
         };
         let (extents, unclean, first_steps, faults) = Default::default();
-        let link = Link { extents, unclean, first_steps, new_content_id: None, parent: None, info, faults };
+        let (new_content_id, parent, content_id_step) = (None, None, None);
+        let link = Link { extents, unclean, first_steps, new_content_id, parent, info, faults, content_id_step };
         Self { files, options, read_only, so_far, link }
     }
 
@@ -315,7 +318,10 @@ impl<'a, F: Files> Opening<'a, F> {
             if number(&cid) != number(tail) {
                 let text = |place: &Range<usize>| String::from_utf8_lossy(text.get(place.clone()).unwrap_or_default());
                 let detail = format!("CID is {}, but longContentID ends in {}", text(&cid), text(tail));
-                self.fault(FaultKind::ContentId, file, at + tail.start as u64, detail);
+                let offset = at + tail.start as u64;
+                self.fault(FaultKind::ContentId, file, offset, detail);
+                let bytes = number(&cid).map(|id| ContentId(id).to_string().into_bytes());
+                self.link.content_id_step = bytes.map(|bytes| Step::Write { file, offset, bytes });
             }
         }
         let id = ContentId(self.options.new_content_id & (u32::MAX >> (32 - 4 * digits.clamp(1, 8))));
@@ -362,14 +368,9 @@ impl<'a, F: Files> Opening<'a, F> {
     /// Up to `len` bytes: fewer where the file ends.
     pub(crate) async fn read(&self, file: FileId, at: u64, len: u64) -> Result<Vec<u8>, DiskError> {
         let len = size(len.min(self.len(file)?.saturating_sub(at)));
-        let buf = self.files.alloc(len);
-        self.files
-            .read_at(file, &buf, 0..len, at)
+        read_bytes(self.files, file, at, len)
             .await
-            .map_err(|e| DiskError::host(format!("{}: read {len} bytes at {at}", self.name(file)), e))?;
-        let mut bytes = vec![0; len];
-        self.files.copy_out(&buf, 0, &mut bytes);
-        Ok(bytes)
+            .map_err(|e| DiskError::host(format!("{}: read {len} bytes at {at}", self.name(file)), e))
     }
 
     /// Remembers a file that was opened.

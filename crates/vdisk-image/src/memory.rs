@@ -227,16 +227,19 @@ impl FileIo for Memory {
         RefCell::new(vec![0; len])
     }
 
-    fn copy_in(&self, buf: &Self::Buf, at: usize, bytes: &[u8]) {
+    fn copy_in(&self, buf: &Self::Buf, at: usize, bytes: &[u8]) -> io::Result<()> {
         buf.borrow_mut()[at..at + bytes.len()].copy_from_slice(bytes);
+        Ok(())
     }
 
-    fn copy_out(&self, buf: &Self::Buf, at: usize, bytes: &mut [u8]) {
+    fn copy_out(&self, buf: &Self::Buf, at: usize, bytes: &mut [u8]) -> io::Result<()> {
         bytes.copy_from_slice(&buf.borrow()[at..at + bytes.len()]);
+        Ok(())
     }
 
-    fn fill_zero(&self, buf: &Self::Buf, part: Range<usize>) {
+    fn fill_zero(&self, buf: &Self::Buf, part: Range<usize>) -> io::Result<()> {
         buf.borrow_mut()[part].fill(0);
+        Ok(())
     }
 
     async fn read_at(&self, file: FileId, buf: &Self::Buf, part: Range<usize>, offset: u64) -> io::Result<()> {

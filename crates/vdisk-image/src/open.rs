@@ -246,6 +246,7 @@ impl Link {
             new_content_id: self.new_content_id,
             info: self.info,
             faults: self.faults,
+            content_id_step: self.content_id_step,
         }
     }
 }

@@ -3,7 +3,7 @@
 use crate::cache::{Cached, MAX_GRAIN};
 use crate::disk::{Disk, size};
 use crate::error::{DiskError, ErrorKind};
-use crate::file_io::{FileId, FileIo};
+use crate::file_io::{FileId, FileIo, read_bytes};
 use crate::image::{Found, Grain, Layout, Mapping, Place};
 use crate::inflate::{Packed, Packs};
 use crate::sparse::MetaRef;
@@ -81,7 +81,7 @@ impl Disk {
                     }
                 }
                 Mapping::Zero { len } | Mapping::Parent { len } => {
-                    io.fill_zero(buf, size(done)..size(done + len));
+                    fill_zero(io, buf, done, len)?;
                     done += len;
                 }
                 Mapping::Barred { .. } => {
@@ -129,12 +129,11 @@ impl Disk {
 
     async fn read_run<I: FileIo>(&self, io: &I, run: &Run, buf: &I::Buf) -> Result<(), DiskError> {
         if let Some(grain) = run.grain.filter(|g| g.whole && run.len < g.len && g.len <= MAX_GRAIN) {
-            match self.cache.look_up((run.file, grain.start), size(grain.len)) {
+            match self.cache.look_up((run.file, grain.start), size(grain.len), size(run.len)) {
                 Cached::Hit(bytes) => {
                     let skip = size(run.at - grain.start);
                     if let Some(part) = bytes.get(skip..skip + size(run.len)) {
-                        io.copy_in(buf, size(run.start), part);
-                        return Ok(());
+                        return hand_over(io, buf, run.start, part);
                     }
                 }
                 Cached::Fill(fill) => {
@@ -142,8 +141,7 @@ impl Disk {
                     self.cache.fill(&fill, bytes.clone());
                     let skip = size(run.at - grain.start);
                     if let Some(part) = bytes.as_deref().and_then(|b| b.get(skip..skip + size(run.len))) {
-                        io.copy_in(buf, size(run.start), part);
-                        return Ok(());
+                        return hand_over(io, buf, run.start, part);
                     }
                     // One bad sector somewhere in the grain must not fail a read beside it.
                 }
@@ -156,11 +154,18 @@ impl Disk {
     }
 
     async fn read_grain<I: FileIo>(&self, io: &I, file: FileId, grain: Grain) -> Option<Arc<[u8]>> {
-        let len = size(grain.len);
-        let buf = io.alloc(len);
-        io.read_at(file, &buf, 0..len, grain.start).await.ok()?;
-        let mut bytes = vec![0; len];
-        io.copy_out(&buf, 0, &mut bytes);
-        Some(Arc::from(bytes))
+        Some(Arc::from(read_bytes(io, file, grain.start, size(grain.len)).await.ok()?))
     }
+}
+
+/// Stores bytes in a request's buffer.
+pub(crate) fn hand_over<I: FileIo>(io: &I, buf: &I::Buf, at: u64, bytes: &[u8]) -> Result<(), DiskError> {
+    let failed = |e| DiskError::host(format!("copy {} bytes to byte {at} of a request", bytes.len()), e);
+    io.copy_in(buf, size(at), bytes).map_err(failed)
+}
+
+/// Zeroes a part of a request's buffer.
+pub(crate) fn fill_zero<I: FileIo>(io: &I, buf: &I::Buf, at: u64, len: u64) -> Result<(), DiskError> {
+    let failed = |e| DiskError::host(format!("zero {len} bytes at byte {at} of a request"), e);
+    io.fill_zero(buf, size(at)..size(at + len)).map_err(failed)
 }

@@ -7,7 +7,7 @@
 use crate::coding::Entry;
 use crate::disk::size;
 use crate::error::{DiskError, ErrorKind};
-use crate::file_io::{FileId, Files};
+use crate::file_io::{FileId, Files, read_bytes};
 use crate::image::Mapping;
 use crate::inflate::Record;
 use vmdk_parse::{
@@ -182,14 +182,9 @@ struct Walk<'a, F: Files> {
 impl<F: Files> Walk<'_, F> {
     async fn read(&self, at: u64, len: u64) -> Result<Vec<u8>, DiskError> {
         let len = size(len.min(self.len.saturating_sub(at)));
-        let buf = self.files.alloc(len);
-        self.files
-            .read_at(self.file, &buf, 0..len, at)
+        read_bytes(self.files, self.file, at, len)
             .await
-            .map_err(|e| DiskError::host(format!("{}: read {len} bytes at {at}", self.name), e))?;
-        let mut bytes = vec![0; len];
-        self.files.copy_out(&buf, 0, &mut bytes);
-        Ok(bytes)
+            .map_err(|e| DiskError::host(format!("{}: read {len} bytes at {at}", self.name), e))
     }
 
     /// Up to a sector at byte `at`: less where the file ends.

@@ -15,6 +15,7 @@ mod map;
 mod memory_limits;
 mod model;
 mod opening;
+mod repair;
 mod reuse;
 mod se_sparse;
 mod stream;

@@ -45,6 +45,26 @@ impl PlaceSet {
         }
     }
 
+    /// Takes in the piece at byte `at`, whether or not others overlap it.
+    pub(crate) fn add(&mut self, at: u64) {
+        let sector = at / SECTOR_SIZE;
+        match sector.is_multiple_of(self.unit) {
+            true => self.aligned.insert(sector / self.unit),
+            false => self.others.insert(sector),
+        };
+    }
+
+    /// Where the pieces are: (first byte, byte behind the last), in order.
+    pub(crate) fn areas(&self) -> impl Iterator<Item = (u64, u64)> {
+        let of = |sector: u64| (sector * SECTOR_SIZE, (sector + self.unit) * SECTOR_SIZE);
+        in_order(self.aligned.iter().map(move |n| of(n * self.unit)), self.others.iter().map(of))
+    }
+
+    /// Whether there is no piece.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.aligned.is_empty() && self.others.is_empty()
+    }
+
     /// Whether a piece lies in any of the `len` bytes from byte `at` on. Both are multiples of a sector.
     pub(crate) fn overlaps(&self, at: u64, len: u64) -> bool {
         let (start, end) = (at / SECTOR_SIZE, (at / SECTOR_SIZE).saturating_add(len / SECTOR_SIZE));
@@ -54,6 +74,19 @@ impl PlaceSet {
         let any = |set: &RoaringTreemap, places| !set.is_empty() && set.range_cardinality(places) > 0;
         any(&self.aligned, numbers) || any(&self.others, first..end)
     }
+}
+
+/// Joins areas that are in order each by themselves.
+pub(crate) fn in_order(
+    one: impl Iterator<Item = (u64, u64)>,
+    other: impl Iterator<Item = (u64, u64)>,
+) -> impl Iterator<Item = (u64, u64)> {
+    let (mut one, mut other) = (one.peekable(), other.peekable());
+    std::iter::from_fn(move || match (one.peek(), other.peek()) {
+        (Some(a), Some(b)) if a > b => other.next(),
+        (Some(_), _) => one.next(),
+        (None, _) => other.next(),
+    })
 }
 
 /// Sectors of a file that are in use: for areas that lie in a row, which are taken in together.

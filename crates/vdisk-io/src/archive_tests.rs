@@ -55,7 +55,7 @@ async fn read(io: &impl FileIo, id: FileId, offset: u64, len: usize) -> Result<V
     let buf = io.alloc(len);
     io.read_at(id, &buf, 0..len, offset).await.map_err(|e| e.kind())?;
     let mut bytes = vec![0; len];
-    io.copy_out(&buf, 0, &mut bytes);
+    io.copy_out(&buf, 0, &mut bytes).unwrap();
     Ok(bytes)
 }
 

@@ -120,7 +120,7 @@ impl AnyIo {
 
     async fn write(&self, id: FileId, offset: u64, bytes: &[u8]) -> io::Result<()> {
         let io_buf = any!(self, io => io.alloc(bytes.len()));
-        any!(self, io => io.copy_in(&io_buf, 0, bytes));
+        any!(self, io => io.copy_in(&io_buf, 0, bytes))?;
         any!(self, io => io.write_at(id, &io_buf, 0..bytes.len(), offset).await)
     }
 

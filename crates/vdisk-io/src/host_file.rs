@@ -17,6 +17,7 @@ use vdisk_image::Stored;
 use crate::buf::Buf;
 use crate::direct::Direct;
 use crate::locks::Locked;
+use crate::pages::RingBuf;
 use crate::transfer::{Direction, Piece, Transfer, check_range};
 use crate::window::Window;
 
@@ -298,15 +299,18 @@ impl HostFile {
     /// # Errors
     ///
     /// As of [`HostFile::read_exact_at`] and [`HostFile::write_all_at`], as far as they can be known before.
-    pub(crate) fn transfer<'a>(
+    pub(crate) fn transfer<'a, B: RingBuf>(
         &self,
         direction: Direction,
-        buf: &'a Buf,
+        buf: &'a B,
         part: Range<usize>,
         offset: u64,
-    ) -> io::Result<Transfer<'a>> {
+    ) -> io::Result<Transfer<'a, B>> {
         let len = part.len() as u64;
-        self.check_cut()?;
+        // A file that is only read is not made longer by us: what is still there is as it was.
+        if self.writable {
+            self.check_cut()?;
+        }
         let offset = match direction {
             Direction::Read => self.locate(offset, len)?,
             Direction::Write => self.locate_change(offset, len)?,

@@ -17,23 +17,26 @@
     )
 )]
 
-/// The methods of [`vdisk_image::FileIo`] about buffers, the same for every engine here.
+/// The methods of [`vdisk_image::FileIo`] about buffers, the same for every engine that knows memory only.
 macro_rules! buf_methods {
     () => {
         fn alloc(&self, len: usize) -> Buf {
             Buf::new(len)
         }
 
-        fn copy_in(&self, buf: &Buf, at: usize, bytes: &[u8]) {
+        fn copy_in(&self, buf: &Buf, at: usize, bytes: &[u8]) -> io::Result<()> {
             buf.copy_in(at, bytes);
+            Ok(())
         }
 
-        fn copy_out(&self, buf: &Buf, at: usize, bytes: &mut [u8]) {
+        fn copy_out(&self, buf: &Buf, at: usize, bytes: &mut [u8]) -> io::Result<()> {
             buf.copy_out(at, bytes);
+            Ok(())
         }
 
-        fn fill_zero(&self, buf: &Buf, part: Range<usize>) {
+        fn fill_zero(&self, buf: &Buf, part: Range<usize>) -> io::Result<()> {
             buf.fill_zero(part);
+            Ok(())
         }
     };
 }
@@ -50,6 +53,7 @@ mod ledger_file;
 mod locks;
 mod log;
 mod own_ring;
+mod pages;
 mod tar;
 mod transfer;
 mod turns;
@@ -68,5 +72,6 @@ pub use host_file::HostFile;
 pub use ledger_file::LedgerFile;
 pub use log::{LeftOut, Limited, chain};
 pub use own_ring::OwnRing;
+pub use pages::{Pages, RequestBuf, RingBuf};
 pub use turns::Counts;
 pub use uring::{Ring, UringIo};

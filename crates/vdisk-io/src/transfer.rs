@@ -4,6 +4,7 @@ use std::io;
 use std::ops::Range;
 
 use crate::buf::Buf;
+use crate::pages::RingBuf;
 
 /// Bytes of one system call at most: a round number below the kernel's own bound (`MAX_RW_COUNT`, 2 GiB less a page).
 const MAX_PIECE: usize = 1 << 30;
@@ -22,16 +23,16 @@ pub(crate) enum Direction {
 
 /// A read or write that ends whole or failed, however the kernel cuts it.
 #[derive(Debug)]
-pub(crate) struct Transfer<'a> {
+pub(crate) struct Transfer<'a, B = Buf> {
     pub(crate) direction: Direction,
-    buf: &'a Buf,
+    buf: &'a B,
     rest: Range<usize>,
     offset: u64,
     refused_direct: bool,
     again: u32,
 }
 
-/// One system call's worth: `len` bytes at `start`, which lie inside the buffer.
+/// One system call's worth: `len` bytes at `start`, which lie inside the buffer (see [`RingBuf::part_ptr`]).
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Piece {
     pub(crate) start: *mut u8,
@@ -41,12 +42,12 @@ pub(crate) struct Piece {
     pub(crate) may_be_direct: bool,
 }
 
-impl<'a> Transfer<'a> {
+impl<'a, B: RingBuf> Transfer<'a, B> {
     /// # Errors
     ///
     /// [`io::ErrorKind::InvalidInput`] for a range that ends past 2^63 - 1, which no file has (and io_uring would take
     /// the offset 2^64 - 1 for "where the file stands").
-    pub(crate) fn new(direction: Direction, buf: &'a Buf, part: Range<usize>, offset: u64) -> io::Result<Self> {
+    pub(crate) fn new(direction: Direction, buf: &'a B, part: Range<usize>, offset: u64) -> io::Result<Self> {
         let _ = buf.part_ptr(&part);
         check_range(offset, part.len() as u64)?;
         Ok(Self { direction, buf, rest: part, offset, refused_direct: false, again: 0 })
@@ -60,6 +61,11 @@ impl<'a> Transfer<'a> {
         let len = u32::try_from(self.rest.len().min(MAX_PIECE)).expect("1 GiB fits");
         let start = self.buf.part_ptr(&self.rest);
         Some(Piece { start, len, offset: self.offset, may_be_direct: !self.refused_direct })
+    }
+
+    /// The part of the buffer that is left.
+    pub(crate) fn rest(&self) -> Range<usize> {
+        self.rest.clone()
     }
 
     /// Takes the kernel's answer to a piece: bytes, or an errno negated.

@@ -1,6 +1,7 @@
 //! The engine on io_uring, whoever owns the ring.
 
 use std::io;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
@@ -11,7 +12,8 @@ use vdisk_image::{FileId, FileIo, Stored};
 use crate::buf::Buf;
 use crate::files::FileSet;
 use crate::host_file::HostFile;
-use crate::transfer::Direction;
+use crate::pages::{Kind, RingBuf};
+use crate::transfer::{Direction, Piece};
 
 /// Where operations are submitted: the queue thread's ring of libublk, or an [`crate::OwnRing`].
 ///
@@ -42,12 +44,17 @@ pub unsafe trait Ring {
 ///
 /// A ring may know some of the files by slots of its table (registered files), which saves the kernel a look-up per
 /// operation. See [`UringIo::with_fixed`] for the numbering.
+///
+/// # Buffers
+///
+/// Memory ([`Buf`]), or for a queue of ublk also the pages of its requests ([`crate::RequestBuf`]).
 #[derive(Debug)]
-pub struct UringIo<R: Ring> {
+pub struct UringIo<R: Ring, B: RingBuf = Buf> {
     ring: R,
     files: Arc<FileSet>,
     first_slot: u32,
     count: u32,
+    buffers: PhantomData<fn(B)>,
 }
 
 impl<R: Ring> UringIo<R> {
@@ -55,12 +62,14 @@ impl<R: Ring> UringIo<R> {
     pub fn new(ring: R, files: Arc<FileSet>) -> Self {
         Self::with_fixed(ring, files, 0, 0)
     }
+}
 
+impl<R: Ring, B: RingBuf> UringIo<R, B> {
     /// An engine whose first `count` files were registered with the ring, from `first_slot` of its table on: exactly the
     /// descriptors of [`FileSet::fixed_fds`] with that `count`, in that order. File `n` is in slot `first_slot + n`, its
     /// descriptor for direct I/O in slot `first_slot + count + n`. Other files are addressed by descriptor.
     pub fn with_fixed(ring: R, files: Arc<FileSet>, first_slot: u32, count: u32) -> Self {
-        Self { ring, files, first_slot, count }
+        Self { ring, files, first_slot, count, buffers: PhantomData }
     }
 
     /// The ring.
@@ -73,28 +82,57 @@ impl<R: Ring> UringIo<R> {
         &self.files
     }
 
-    async fn transfer(
+    async fn transfer<T: RingBuf>(
         &self,
         file: FileId,
         direction: Direction,
-        buf: &Buf,
+        buf: &T,
         part: Range<usize>,
         offset: u64,
     ) -> io::Result<()> {
         let host_file = self.files.find(file)?;
+        let start = part.start;
         let mut transfer = host_file.transfer(direction, buf, part, offset)?;
         while let Some(piece) = transfer.next_piece() {
             let direct = host_file.is_direct(piece);
             let (fd, flags) = self.address(file, host_file, direct);
-            let sqe = match transfer.direction {
-                Direction::Read => opcode::Read::new(fd, piece.start, piece.len).offset(piece.offset).build(),
-                Direction::Write => opcode::Write::new(fd, piece.start, piece.len).offset(piece.offset).build(),
+            let (sqe, keep) = match buf.kind() {
+                Kind::Memory(memory) => (in_memory(direction, fd, piece), Some(memory.clone())),
+                Kind::Registered(pages) => (in_pages(direction, fd, piece, pages.index()), None),
             };
             #[expect(unsafe_code, reason = "an operation on memory")]
-            // SAFETY: the memory lies in `buf` (`Transfer::next_piece`), of which the ring keeps a handle. The descriptor
-            // belongs to a file of the set, which `self` keeps and the future borrows.
-            let answer = unsafe { self.ring.submit(sqe.flags(flags), Some(buf.clone())) }.await;
+            // SAFETY: the memory lies in the buffer (`Transfer::next_piece`), of which the ring keeps a handle; of registered
+            // pages the kernel itself takes a reference, and the address is an offset that it checks (io_import_fixed). The
+            // descriptor belongs to a file of the set, which `self` keeps and the future borrows.
+            let answer = unsafe { self.ring.submit(sqe.flags(flags), keep) }.await;
+            if answer == -libc::EINVAL && direct && matches!(buf.kind(), Kind::Registered(_)) {
+                let rest = transfer.rest();
+                let offset = offset + (rest.start - start) as u64;
+                return Box::pin(self.bounce(file, direction, buf, rest, offset)).await;
+            }
             transfer.advance(piece, direct, answer.into()).map_err(|e| host_file.failed(piece, e))?;
+        }
+        Ok(())
+    }
+
+    /// Moves a part of a request's pages by way of memory. The pages are those of whoever made the request (O_DIRECT), who may align
+    /// them to 4 bytes; the file's device may want more. Not through the page cache: see `Direct::reopen`.
+    async fn bounce<T: RingBuf>(
+        &self,
+        file: FileId,
+        direction: Direction,
+        buf: &T,
+        part: Range<usize>,
+        offset: u64,
+    ) -> io::Result<()> {
+        let mut memory = Buf::new(part.len());
+        let all = 0..part.len();
+        if direction == Direction::Write {
+            buf.copy_out(part.start, memory.get_mut().unwrap_or_default())?;
+        }
+        self.transfer(file, direction, &memory, all, offset).await?;
+        if direction == Direction::Read {
+            buf.copy_in(part.start, memory.get_mut().unwrap_or_default())?;
         }
         Ok(())
     }
@@ -137,16 +175,46 @@ impl<R: Ring> UringIo<R> {
     }
 }
 
-impl<R: Ring> FileIo for UringIo<R> {
-    type Buf = Buf;
+fn in_memory(direction: Direction, fd: types::Fd, piece: Piece) -> squeue::Entry {
+    let Piece { start, len, offset, .. } = piece;
+    match direction {
+        Direction::Read => opcode::Read::new(fd, start, len).offset(offset).build(),
+        Direction::Write => opcode::Write::new(fd, start, len).offset(offset).build(),
+    }
+}
 
-    buf_methods!();
+fn in_pages(direction: Direction, fd: types::Fd, piece: Piece, index: u16) -> squeue::Entry {
+    let Piece { start, len, offset, .. } = piece;
+    match direction {
+        Direction::Read => opcode::ReadFixed::new(fd, start, len, index).offset(offset).build(),
+        Direction::Write => opcode::WriteFixed::new(fd, start, len, index).offset(offset).build(),
+    }
+}
 
-    async fn read_at(&self, file: FileId, buf: &Buf, part: Range<usize>, offset: u64) -> io::Result<()> {
+impl<R: Ring, B: RingBuf> FileIo for UringIo<R, B> {
+    type Buf = B;
+
+    fn alloc(&self, len: usize) -> B {
+        B::alloc(len)
+    }
+
+    fn copy_in(&self, buf: &B, at: usize, bytes: &[u8]) -> io::Result<()> {
+        buf.copy_in(at, bytes)
+    }
+
+    fn copy_out(&self, buf: &B, at: usize, bytes: &mut [u8]) -> io::Result<()> {
+        buf.copy_out(at, bytes)
+    }
+
+    fn fill_zero(&self, buf: &B, part: Range<usize>) -> io::Result<()> {
+        buf.fill_zero(part)
+    }
+
+    async fn read_at(&self, file: FileId, buf: &B, part: Range<usize>, offset: u64) -> io::Result<()> {
         self.transfer(file, Direction::Read, buf, part, offset).await
     }
 
-    async fn write_at(&self, file: FileId, buf: &Buf, part: Range<usize>, offset: u64) -> io::Result<()> {
+    async fn write_at(&self, file: FileId, buf: &B, part: Range<usize>, offset: u64) -> io::Result<()> {
         self.transfer(file, Direction::Write, buf, part, offset).await
     }
 
@@ -185,29 +253,88 @@ mod tests {
     use std::cell::RefCell;
     use std::collections::VecDeque;
 
-    use super::*;
-    use crate::{HostFiles, OpenMode, block_on};
+    use std::os::unix::fs::FileExt;
+    use std::rc::Rc;
 
-    /// Answers as it was told to, without asking the kernel.
-    struct Script(RefCell<VecDeque<i32>>);
+    use super::*;
+    use crate::{HostFiles, OpenMode, Pages, RequestBuf, block_on};
+
+    /// Answers as it was told to, without asking the kernel. Keeps which operations came, and with what in their memory.
+    struct Script(RefCell<VecDeque<i32>>, RefCell<Vec<(u32, Vec<u8>)>>);
 
     #[expect(unsafe_code, reason = "a test")]
     // SAFETY: the kernel gets nothing.
     unsafe impl Ring for Script {
-        async unsafe fn submit(&self, _sqe: squeue::Entry, _keep: Option<Buf>) -> i32 {
+        async unsafe fn submit(&self, sqe: squeue::Entry, keep: Option<Buf>) -> i32 {
+            let mut bytes = vec![0; keep.as_ref().map_or(0, Buf::len)];
+            if let Some(buf) = keep {
+                buf.copy_out(0, &mut bytes);
+            }
+            self.1.borrow_mut().push((sqe.get_opcode(), bytes));
             self.0.borrow_mut().pop_front().expect("no more operations than answers")
         }
     }
 
-    fn scripted(answers: &[i32]) -> (UringIo<Script>, FileId, tempfile::NamedTempFile) {
+    /// The file is there as long as its handle: the engine does not write to one that was removed.
+    fn scripted<B: RingBuf>(answers: &[i32], direct_io: bool) -> (UringIo<Script, B>, FileId, tempfile::NamedTempFile) {
         let image = tempfile::NamedTempFile::new().unwrap();
-        let (files, id) = HostFiles::open(image.path(), OpenMode::default()).unwrap();
-        (UringIo::new(Script(RefCell::new(answers.to_vec().into())), files.into_set()), id, image)
+        let (files, id) = HostFiles::open(image.path(), OpenMode { direct_io, ..OpenMode::default() }).unwrap();
+        let script = Script(RefCell::new(answers.to_vec().into()), RefCell::default());
+        (UringIo::with_fixed(script, files.into_set(), 0, 0), id, image)
+    }
+
+    /// The pages of a request of these bytes, and the file through which they are seen.
+    fn pages(bytes: &[u8]) -> (RequestBuf, Rc<std::fs::File>) {
+        let file = Rc::new(tempfile::tempfile().unwrap());
+        file.write_all_at(bytes, 0).unwrap();
+        (RequestBuf::Pages(Pages::new(0, bytes.len(), Rc::clone(&file), 0)), file)
+    }
+
+    #[test]
+    fn pages_are_moved_where_they_are_and_what_is_short_is_continued() {
+        let (io, id, _image) = scripted(&[512, -libc::EINTR, 3584, 4096], false);
+        let (buf, _) = pages(&[7; 4096]);
+        block_on(io.read_at(id, &buf, 0..4096, 0)).unwrap();
+        block_on(io.write_at(id, &buf, 0..4096, 0)).unwrap();
+        let operations = io.ring().1.borrow();
+        let codes: Vec<u8> = operations.iter().map(|(code, _)| u8::try_from(*code).unwrap()).collect();
+        let (read, write) = (opcode::ReadFixed::CODE, opcode::WriteFixed::CODE);
+        assert_eq!(codes, [read, read, read, write]);
+    }
+
+    #[test]
+    fn pages_that_direct_io_refuses_are_moved_by_way_of_memory() {
+        let (io, id, _image) = scripted(&[512, -libc::EINVAL, 3584, -libc::EINVAL, 4096], true);
+        if io.files().get(id).direct_fd().is_none() {
+            println!("skipped: no direct I/O here");
+            return;
+        }
+        let (buf, file) = pages(&[7; 4096]);
+        // The script's memory is zeroes.
+        block_on(io.read_at(id, &buf, 0..4096, 0)).unwrap();
+        let mut bytes = [1; 4096];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        assert!(bytes[..512].iter().all(|b| *b == 7) && bytes[512..].iter().all(|b| *b == 0));
+        file.write_all_at(&[9; 4096], 0).unwrap();
+        block_on(io.write_at(id, &buf, 0..4096, 0)).unwrap();
+        let operations = io.ring().1.borrow();
+        let codes: Vec<u8> = operations.iter().map(|(code, _)| u8::try_from(*code).unwrap()).collect();
+        let (fixed_read, fixed_write) = (opcode::ReadFixed::CODE, opcode::WriteFixed::CODE);
+        assert_eq!(codes, [fixed_read, fixed_read, opcode::Read::CODE, fixed_write, opcode::Write::CODE]);
+        assert_eq!(operations[4].1, [9; 4096], "what was written is the pages'");
+    }
+
+    #[test]
+    fn pages_refused_by_a_cached_file_are_an_error() {
+        let (io, id, _image) = scripted(&[-libc::EINVAL], false);
+        let (buf, _) = pages(&[7; 512]);
+        let e = block_on(io.read_at(id, &buf, 0..512, 0)).unwrap_err();
+        assert_eq!(e.raw_os_error(), Some(libc::EINVAL));
     }
 
     #[test]
     fn short_transfers_and_interruptions_are_continued() {
-        let (io, id, _image) = scripted(&[3, -libc::EINTR, -libc::EAGAIN, 1, 6, 10]);
+        let (io, id, _image) = scripted::<Buf>(&[3, -libc::EINTR, -libc::EAGAIN, 1, 6, 10], false);
         let buf = Buf::new(10);
         block_on(io.read_at(id, &buf, 0..10, 0)).unwrap();
         block_on(io.write_at(id, &buf, 0..10, 0)).unwrap();
@@ -216,8 +343,8 @@ mod tests {
 
     #[test]
     fn what_the_host_cannot_is_unsupported_and_other_errors_are_its_own() {
-        let (io, id, _image) =
-            scripted(&[-libc::EOPNOTSUPP, -libc::ENOSYS, -libc::EINTR, 0, -libc::EIO, -libc::ENOSPC]);
+        let answers = [-libc::EOPNOTSUPP, -libc::ENOSYS, -libc::EINTR, 0, -libc::EIO, -libc::ENOSPC];
+        let (io, id, _image) = scripted::<Buf>(&answers, false);
         assert_eq!(block_on(io.punch_hole(id, 0, 1)).unwrap_err().kind(), io::ErrorKind::Unsupported);
         assert_eq!(block_on(io.zero_range(id, 0, 1)).unwrap_err().kind(), io::ErrorKind::Unsupported);
         block_on(io.sync_data(id)).unwrap();

@@ -24,8 +24,20 @@ pub struct Options {
     /// Requests under way in one queue, 1 to 4096; 64.
     pub depth: Option<u16>,
     /// Longest request in bytes, a multiple of 4096 up to 32 MiB; 512 KiB. Each of the `queues * depth` requests has a
-    /// buffer of this size.
+    /// buffer of this size, but with zero copy.
     pub io_buf_bytes: Option<u32>,
+    /// Whether requests are served in the kernel's own pages.
+    pub zero_copy: ZeroCopy,
+}
+
+/// Whether the kernel's pages of a request go straight to and from the image's files, or are copied to this process.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ZeroCopy {
+    /// Where the driver can (Linux 6.16).
+    #[default]
+    Auto,
+    /// Never.
+    Off,
 }
 
 /// A device that the driver has made, and that does not answer yet.
@@ -83,11 +95,12 @@ pub fn serve(
     stop: Stop,
 ) -> Result<(), Error> {
     let (queues, depth, io_buf_bytes) = options.resolve()?;
-    available()?;
+    let features = available()?;
+    let flags = if options.zero_copy == ZeroCopy::Auto { features.zero_copy() } else { 0 };
     run_dir::prepare().map_err(|source| Error::RunDir { source })?;
 
     let (tell, events) = mpsc::channel();
-    let plan = Plan { disk, files, queues, depth, io_buf_bytes, stop: stop.clone() };
+    let plan = Plan { disk, files, queues, depth, io_buf_bytes, flags, stop: stop.clone() };
     thread::Builder::new().name("ublk-control".to_owned()).spawn(move || plan.run(tell)).map_err(Error::Thread)?;
 
     // Without an answer: the driver may still make it.
@@ -209,7 +222,7 @@ mod tests {
         for options in bad {
             assert!(matches!(options.resolve(), Err(Error::Option(_))), "{options:?}");
         }
-        let good = Options { queues: Some(1), depth: Some(4096), io_buf_bytes: Some(32 << 20) };
+        let good = Options { queues: Some(1), depth: Some(4096), io_buf_bytes: Some(32 << 20), ..Options::default() };
         assert_eq!(good.resolve().unwrap(), (1, 4096, 32 << 20));
     }
 

@@ -5,13 +5,13 @@ use std::io;
 
 use io_uring::IoUring;
 use libublk::ctrl::UblkCtrl;
+use libublk::sys;
 
 const CONTROL: &str = "/dev/ublk-control";
 
 /// What the driver can do.
 ///
-/// Nothing here asks for any of it yet: data is copied, which needs no flag, so no device is refused for one that this kernel
-/// does not have. What comes to use a flag has to look here first, for libublk asks for what it is told to.
+/// What comes to use a flag has to look here first, for libublk asks for what it is told to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Features(u64);
 
@@ -20,7 +20,17 @@ impl Features {
     pub fn bits(self) -> u64 {
         self.0
     }
+
+    /// What to ask for so that the pages of requests are used where they are; 0 if this driver has not all of it (Linux 6.16).
+    pub(crate) fn zero_copy(self) -> u64 {
+        if self.0 & ZERO_COPY == ZERO_COPY { ZERO_COPY } else { 0 }
+    }
 }
+
+/// The driver puts the pages of each request into the ring's table of buffers (AUTO_BUF_REG, which wants SUPPORT_ZERO_COPY), and
+/// lets them be read and written through the char device, for bytes that are in no file as they are.
+pub(crate) const ZERO_COPY: u64 =
+    (sys::UBLK_F_SUPPORT_ZERO_COPY | sys::UBLK_F_AUTO_BUF_REG | sys::UBLK_F_USER_COPY) as u64;
 
 /// Why there is no ublk, and what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -68,6 +78,16 @@ mod tests {
         assert!(Unavailable::NoDriver.to_string().contains("modprobe ublk_drv"));
         let e = io::Error::from_raw_os_error(libc::EPERM);
         assert!(Unavailable::NoUring(e).to_string().contains("io_uring_disabled"));
+    }
+
+    #[test]
+    fn zero_copy_is_asked_for_whole_or_not_at_all() {
+        // include/uapi/linux/ublk_cmd.h: bits 0, 7 and 11.
+        assert_eq!(ZERO_COPY, 0x881);
+        // Linux 7.3, Linux 6.12, and one without USER_COPY.
+        assert_eq!(Features(0x1f_ffff).zero_copy(), 0x881);
+        assert_eq!(Features(0x1fe).zero_copy(), 0);
+        assert_eq!(Features(0x801).zero_copy(), 0);
     }
 
     #[test]

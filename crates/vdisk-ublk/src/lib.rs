@@ -27,7 +27,7 @@ mod stop;
 mod threads;
 
 pub use control::{State, Status, delete, is_busy, status};
-pub use device::{Added, Device, Options, serve};
+pub use device::{Added, Device, Options, ZeroCopy, serve};
 pub use errno::errno;
 pub use error::Error;
 pub use features::{Features, Unavailable, available};

@@ -1,20 +1,23 @@
 //! A queue thread: one task for each tag, which fetches a request, serves it, and commits its result with the next fetch.
 
 use std::cell::RefCell;
+use std::fs::File;
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::rc::Rc;
 use std::sync::Arc;
 
 use io_uring::{IoUring, squeue};
-use libublk::io::{UblkDev, UblkQueue};
+use libublk::io::{UblkDev, UblkIOCtx, UblkQueue};
 use libublk::uring_async::{ublk_reap_io_events_with_update_queue, ublk_wake_task};
 use libublk::{BufDesc, UblkError, sys, ublk_init_task_ring, with_task_io_ring_mut};
 use vdisk_image::{Disk, DiskError, Flags, Op, Request};
-use vdisk_io::{Buf, FileSet, Limited, UringIo, chain};
+use vdisk_io::{Buf, FileSet, Limited, Pages, RequestBuf, RingBuf, UringIo, chain};
 
 use crate::errno::errno;
 use crate::error::{Error, host_error};
 use crate::executor::Executor;
+use crate::features::ZERO_COPY;
 use crate::ring::QueueRing;
 
 /// Requests that failed, on any queue: a full or poisoned image fails them all.
@@ -45,13 +48,14 @@ pub(crate) fn serve(
     set_up_ring(depth.into()).map_err(Error::queue(number, "set up io_uring"))?;
     let queue = UblkQueue::new(number, dev).map_err(host_error).map_err(Error::queue(number, "open the queue"))?;
     let engine = UringIo::with_fixed(QueueRing, Arc::clone(&served.files), 1, served.fixed_files);
+    let pages = zero_copy_file(dev).map_err(Error::queue(number, "duplicate the descriptor of /dev/ublkc"))?;
     let mut executor = Executor::new().map_err(Error::queue(number, "make an eventfd"))?;
     if !begin() {
         return Ok(());
     }
 
     let kick = executor.kick();
-    let tags = Tags { served, queue: &queue, engine: &engine, fault };
+    let tags = Tags { served, queue: &queue, engine: &engine, pages: pages.as_ref(), fault };
     // Its last owner is the last tag's task: then the kick task ends as well, and with it the loop.
     let open = Rc::new(CloseOnDrop(executor.kick()));
     for tag in 0..depth {
@@ -120,17 +124,27 @@ fn build_ring(depth: u32, defer: bool) -> io::Result<IoUring<squeue::Entry>> {
 struct Tags<'a> {
     served: &'a Served,
     queue: &'a UblkQueue<'a>,
-    engine: &'a UringIo<QueueRing>,
+    engine: &'a UringIo<QueueRing, RequestBuf>,
+    /// With zero copy, the file through which pages of requests are read and written.
+    pages: Option<&'a Rc<File>>,
     fault: &'a dyn Fn(Error),
 }
 
 impl Tags<'_> {
     /// Serves the requests of one tag, one after the other, until the device stops.
     async fn serve(&self, tag: u16) {
-        let buf = Buf::new(self.queue.dev.dev_info.max_io_buf_bytes as usize);
-        // The address alone: a slice of memory that the kernel writes to would be a lie, and libublk takes slices of its
-        // own buffers only. It is valid until the task ends, which is after the last command with it has completed.
-        let memory = || BufDesc::RawAddress(buf.as_ptr().cast_const());
+        let buf = self.buffer(tag);
+        let memory = || match &buf {
+            // The address alone: a slice of memory that the kernel writes to would be a lie, and libublk takes slices of
+            // its own buffers only. It is valid until the task ends, which is after the last command with it has completed.
+            RequestBuf::Memory(buf) => BufDesc::RawAddress(buf.as_ptr().cast_const()),
+            RequestBuf::Pages(pages) => BufDesc::AutoReg(sys::ublk_auto_buf_reg {
+                index: pages.index(),
+                // Else a request that finds no room in the table fails.
+                flags: AUTO_BUF_REG_FALLBACK,
+                ..Default::default()
+            }),
+        };
         let mut answer = self.queue.submit_io_prep_cmd(tag, memory(), 0, None).await;
         loop {
             match answer {
@@ -148,17 +162,34 @@ impl Tags<'_> {
         }
     }
 
+    /// What a tag's requests are served in.
+    fn buffer(&self, tag: u16) -> RequestBuf {
+        let len = self.queue.dev.dev_info.max_io_buf_bytes as usize;
+        match self.pages {
+            None => RequestBuf::Memory(Buf::new(len)),
+            // libublk makes a table of as many entries as there are tags.
+            Some(file) => {
+                let pos = UblkIOCtx::ublk_user_copy_pos(self.queue.get_qid(), tag, 0);
+                RequestBuf::Pages(Pages::new(tag, len, Rc::clone(file), pos))
+            }
+        }
+    }
+
     fn refused(&self, e: io::Error) {
         (self.fault)(Error::queue(self.queue.get_qid(), "fetch requests")(e));
     }
 
     /// Serves the tag's request. The result to commit: for a read or write all its bytes (a short count would be taken
     /// for success since Linux 7), 0 for the others, or an errno negated.
-    async fn request(&self, tag: u16, buf: &Buf) -> i32 {
+    async fn request(&self, tag: u16, buf: &RequestBuf) -> i32 {
         let iod = *self.queue.get_iod(tag);
         let Some((op, flags)) = decode(iod.op_flags) else { return -libc::EOPNOTSUPP };
         let (offset, len) = (iod.start_sector << 9, u64::from(iod.nr_sectors) << 9);
-        match self.checked(op, offset, len, flags, buf).await {
+        let answer = match iod.op_flags & sys::UBLK_IO_F_NEED_REG_BUF {
+            0 => self.checked(op, offset, len, flags, buf).await,
+            _ => self.unregistered(op, offset, len, flags, buf).await,
+        };
+        match answer {
             Ok(()) if matches!(op, Op::Read | Op::Write) => i32::try_from(len).unwrap_or(-libc::EIO),
             Ok(()) => 0,
             Err(e) => {
@@ -170,13 +201,53 @@ impl Tags<'_> {
         }
     }
 
-    async fn checked(&self, op: Op, offset: u64, len: u64, flags: Flags, buf: &Buf) -> Result<(), DiskError> {
+    async fn checked(&self, op: Op, offset: u64, len: u64, flags: Flags, buf: &RequestBuf) -> Result<(), DiskError> {
         let disk = &self.served.disk;
         let request = Request::check(disk.geometry(), op, offset, len, flags)?;
         // `max_sectors` is the buffer's length: the block layer sends nothing longer.
-        debug_assert!(!matches!(op, Op::Read | Op::Write) || len <= buf.len() as u64);
         disk.serve(self.engine, request, buf).await
     }
+
+    /// Serves a request whose pages the driver could not put into the ring's table (it has no memory, say): by way of memory.
+    async fn unregistered(
+        &self,
+        op: Op,
+        offset: u64,
+        len: u64,
+        flags: Flags,
+        pages: &RequestBuf,
+    ) -> Result<(), DiskError> {
+        let failed = |e| DiskError::host(format!("copy the {len} bytes of a request at {offset}"), e);
+        let mut memory = Buf::new(if matches!(op, Op::Read | Op::Write) { size(len) } else { 0 });
+        if op == Op::Write {
+            pages.copy_out(0, memory.get_mut().unwrap_or_default()).map_err(failed)?;
+        }
+        self.checked(op, offset, len, flags, &RequestBuf::Memory(memory.clone())).await?;
+        if op == Op::Read {
+            pages.copy_in(0, memory.get_mut().unwrap_or_default()).map_err(failed)?;
+        }
+        Ok(())
+    }
+}
+
+/// `UBLK_AUTO_BUF_REG_FALLBACK`, in the type of its field.
+const AUTO_BUF_REG_FALLBACK: u8 = 1;
+
+/// The char device once more, for a device that was granted zero copy.
+fn zero_copy_file(dev: &UblkDev) -> io::Result<Option<Rc<File>>> {
+    if dev.dev_info.flags & ZERO_COPY != ZERO_COPY {
+        return Ok(None);
+    }
+    let fd = dev.tgt.fds[0];
+    #[expect(unsafe_code, reason = "libublk has only the number")]
+    // SAFETY: libublk's first file is the char device, which it opened and keeps open as long as `dev` lives.
+    let device = unsafe { BorrowedFd::borrow_raw(fd) };
+    Ok(Some(Rc::new(File::from(device.try_clone_to_owned()?))))
+}
+
+/// A length of a request: 32 bits of sectors.
+fn size(len: u64) -> usize {
+    usize::try_from(len).unwrap_or(usize::MAX)
 }
 
 /// What a descriptor's `op_flags` ask for: the operation in the low 8 bits, flags in place above them.

@@ -36,6 +36,8 @@ pub(crate) struct Plan {
     pub(crate) queues: u16,
     pub(crate) depth: u16,
     pub(crate) io_buf_bytes: u32,
+    /// `UBLK_F_*`
+    pub(crate) flags: u64,
     pub(crate) stop: Stop,
 }
 
@@ -63,6 +65,7 @@ impl Plan {
             .nr_queues(self.queues)
             .depth(self.depth)
             .io_buf_bytes(self.io_buf_bytes)
+            .ctrl_flags(self.flags)
             .dev_flags(UblkFlags::UBLK_DEV_F_ADD_DEV | UblkFlags::UBLK_DEV_F_DEL_DEV_ASYNC)
             .build()
             .map_err(Error::control("ADD_DEV"))?;

@@ -80,7 +80,7 @@ fn within(files: &HostFiles, id: FileId, len: u64, archive: &[u8]) {
     let buf = files.alloc(513);
     run(files.read_at(id, &buf, 0..head, 0)).expect("a member lies in the archive");
     let mut bytes = vec![0; head];
-    files.copy_out(&buf, 0, &mut bytes);
+    files.copy_out(&buf, 0, &mut bytes).expect("memory");
     let known = bytes.iter().rposition(|b| *b != 0).map_or(0, |n| n + 1);
     assert!(
         known == 0 || archive.windows(known).step_by(512).any(|w| *w == bytes[..known]),

@@ -46,19 +46,6 @@ struct Check<'a, I, W> {
     progress: (u64, u64),
 }
 
-impl Sparse {
-    /// Bytes at the place that an entry names that are nobody else's: of a record at least its beginning.
-    fn place_bytes(&self) -> u64 {
-        if self.is_compressed() { SECTOR_SIZE } else { self.grain }
-    }
-
-    /// How much work a check of the extent is, against others.
-    pub(super) fn check_units(&self) -> u64 {
-        // The grains of a stream are inflated.
-        self.tables.max(1) * if self.is_compressed() { self.gtes } else { 1 }
-    }
-}
-
 impl Disk {
     /// Checks one extent: its header, its directory, its tables, and its records if it is compressed.
     pub(super) async fn check_extent<I: FileIo>(
@@ -174,7 +161,7 @@ impl<I: FileIo, W: CheckWatch> Check<'_, I, W> {
     }
 
     fn directory_entry(&mut self, table: u64, gde: u64, entry_at: u64) {
-        let at = match self.table_place(gde) {
+        let at = match self.extent.table_place(gde, self.file_len) {
             Ok(Some(at)) => at,
             Ok(None) => return,
             Err((kind, what)) => {
@@ -192,25 +179,6 @@ impl<I: FileIo, W: CheckWatch> Check<'_, I, W> {
         self.end = self.end.max(at + len);
     }
 
-    /// Where the table of a directory entry is, or why there can be none.
-    fn table_place(&self, gde: u64) -> Result<Option<u64>, (FaultKind, String)> {
-        let len = self.extent.table_bytes();
-        let at = match self.extent.coding.table(gde) {
-            Ok(Some(at)) => at,
-            Ok(None) => return Ok(None),
-            Err(e) => return Err((FaultKind::EntryUnknown, format!("is {gde:#x}: {e}"))),
-        };
-        let names = |what: &str| format!("names sector {}, {what}", at / SECTOR_SIZE);
-        if at.checked_add(len).is_none_or(|end| end > self.file_len) {
-            return Err((FaultKind::EntryPastEnd, names("past the end of the file")));
-        }
-        let in_header = matches!(self.extent.coding, Coding::Cowd { .. }) && at < self.extent.overhead;
-        if in_header || self.extent.is_fixed(at, len) {
-            return Err((FaultKind::EntryInMetadata, names("in the header, in the descriptor or in a directory")));
-        }
-        Ok(Some(at))
-    }
-
     /// Looks at all tables.
     async fn tables(&mut self) -> Result<(), DiskError> {
         let mut first = 0;
@@ -220,8 +188,8 @@ impl<I: FileIo, W: CheckWatch> Check<'_, I, W> {
                 .zip(gd.iter())
                 .zip(0..)
                 .filter_map(|((index, gde), n)| {
-                    let copy_at = copy.as_ref().and_then(|c| self.table_place(c.get(n)?).ok()?);
-                    Some(TablePlace { index, at: self.table_place(gde).ok()??, copy_at })
+                    let copy_at = copy.as_ref().and_then(|c| self.extent.table_place(c.get(n)?, self.file_len).ok()?);
+                    Some(TablePlace { index, at: self.extent.table_place(gde, self.file_len).ok()??, copy_at })
                 })
                 .collect();
             let bytes = self.extent.table_bytes();
@@ -291,32 +259,27 @@ impl<I: FileIo, W: CheckWatch> Check<'_, I, W> {
 
     async fn entry(&mut self, place: &TablePlace, entry: u64, gte: u64) -> Result<(), DiskError> {
         let offset = Some(place.at + entry * self.extent.coding.entry_bytes());
-        let what = |at: u64| format!("entry {entry} of grain table {} names sector {}", place.index, at / SECTOR_SIZE);
-        let at = match self.extent.coding.grain(gte) {
+        let which = format!("entry {entry} of grain table {}", place.index);
+        let at = match self.extent.grain_place(gte, self.file_len, &self.tables) {
             Ok(Entry::At(at)) => at,
             Ok(Entry::Absent | Entry::Zeroed) => return Ok(()),
-            Err(e) => {
-                let detail = format!("entry {entry} of grain table {} is {gte:#x}: {e}", place.index);
-                self.fault(FaultKind::EntryUnknown, offset, detail);
+            Err((kind, what)) => {
+                self.fault(kind, offset, format!("{which} {what}"));
                 return Ok(());
             }
         };
-        // Some writers leave the last grain of a file short.
-        if at >= self.file_len {
-            self.fault(FaultKind::EntryPastEnd, offset, format!("{}, past the end of the file", what(at)));
-            return Ok(());
-        }
-        let len = self.extent.place_bytes();
-        if self.extent.is_metadata(at, len) || self.tables.overlaps(at, len) {
-            self.fault(FaultKind::EntryInMetadata, offset, format!("{}, in the metadata", what(at)));
-            return Ok(());
-        }
-        if !self.extent.is_compressed() && !at.is_multiple_of(self.extent.coding.alignment(len)) {
-            let detail = format!("{}, where no grain of {} sectors begins", what(at), len / SECTOR_SIZE);
+        let (len, sector) = (self.extent.place_bytes(), at / SECTOR_SIZE);
+        if !self.extent.is_aligned(at) {
+            let sectors = len / SECTOR_SIZE;
+            let detail = format!("{which} names sector {sector}, where no grain of {sectors} sectors begins");
             self.fault(FaultKind::EntryMisaligned, offset, detail);
         }
         if !self.grains.insert(at) {
-            self.fault(FaultKind::EntryUsedTwice, offset, format!("{}, as another entry does", what(at)));
+            self.fault(
+                FaultKind::EntryUsedTwice,
+                offset,
+                format!("{which} names sector {sector}, as another entry does"),
+            );
             return Ok(());
         }
         self.grain_count += 1;

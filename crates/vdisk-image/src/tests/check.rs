@@ -39,7 +39,7 @@ fn kinds(files: &[(String, Vec<u8>)]) -> Vec<FaultKind> {
 }
 
 /// An image with some data, closed.
-fn used(shape: Shape) -> Vec<(String, Vec<u8>)> {
+pub(crate) fn used(shape: Shape) -> Vec<(String, Vec<u8>)> {
     let memory = Memory::new(image(shape), 1);
     let disk = open(&memory).unwrap();
     run(async {
@@ -51,30 +51,35 @@ fn used(shape: Shape) -> Vec<(String, Vec<u8>)> {
 }
 
 /// Byte offsets of the directory and its copy, of the first table and its copy, of [`Shape::Sparse`].
-struct Places {
-    gd: usize,
-    rgd: usize,
-    table: usize,
-    copy: usize,
+pub(crate) struct Places {
+    pub(crate) gd: usize,
+    pub(crate) rgd: usize,
+    pub(crate) table: usize,
+    pub(crate) copy: usize,
 }
 
-fn word(file: &[u8], at: usize) -> u32 {
+pub(crate) fn word(file: &[u8], at: usize) -> u32 {
     u32::from_le_bytes(file[at..at + 4].try_into().unwrap())
+}
+
+pub(crate) fn places(file: &[u8]) -> Places {
+    let header = SparseHeader::decode(file).unwrap();
+    let GdOffset::At(gd) = header.gd_offset else { panic!("no directory") };
+    let (gd, rgd) = (gd.0 as usize * 512, header.rgd_offset.0 as usize * 512);
+    let copy = if rgd == 0 { 0 } else { word(file, rgd) as usize * 512 };
+    Places { gd, rgd, table: word(file, gd) as usize * 512, copy }
 }
 
 /// What a check says of [`Shape::Sparse`] after a change of its file: the kind and the place of each fault.
 fn after(change: impl FnOnce(&mut Vec<u8>, Places)) -> Vec<(FaultKind, Option<u64>)> {
     let mut files = used(Shape::Sparse);
     let file = &mut files[0].1;
-    let header = SparseHeader::decode(file).unwrap();
-    let GdOffset::At(gd) = header.gd_offset else { panic!("no directory") };
-    let (gd, rgd) = (gd.0 as usize * 512, header.rgd_offset.0 as usize * 512);
-    let (table, copy) = (word(file, gd) as usize * 512, word(file, rgd) as usize * 512);
-    change(file, Places { gd, rgd, table, copy });
+    let places = places(file);
+    change(file, places);
     check(&files).0.into_iter().map(|f| (f.kind, f.offset)).collect()
 }
 
-fn put(file: &mut [u8], at: usize, value: u32) {
+pub(crate) fn put(file: &mut [u8], at: usize, value: u32) {
     file[at..at + 4].copy_from_slice(&value.to_le_bytes());
 }
 
