@@ -370,7 +370,15 @@ impl HostFile {
         }
     }
 
-    fn run(&self, mut transfer: Transfer<'_>) -> io::Result<()> {
+    fn run(&self, transfer: Transfer<'_>) -> io::Result<()> {
+        self.run_by(transfer, call)
+    }
+
+    fn run_by(
+        &self,
+        mut transfer: Transfer<'_>,
+        mut call: impl FnMut(Direction, BorrowedFd<'_>, Piece) -> i64,
+    ) -> io::Result<()> {
         while let Some(piece) = transfer.next_piece() {
             let direct = self.is_direct(piece);
             let fd = self.direct_fd().filter(|_| direct).unwrap_or(self.buffered_fd());
@@ -396,4 +404,36 @@ fn call(direction: Direction, fd: BorrowedFd<'_>, piece: Piece) -> i64 {
         }
     };
     if answer < 0 { -i64::from(io::Error::last_os_error().raw_os_error().unwrap_or(libc::EIO)) } else { answer as i64 }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A kernel that is interrupted, busy, and then does a few bytes of what it is asked for.
+    #[test]
+    fn a_blocking_transfer_that_is_interrupted_and_cut_short_ends_whole() {
+        let place = tempfile::NamedTempFile::new().unwrap();
+        let file = HostFile::new(place.reopen().unwrap(), place.path().to_owned(), true, false).unwrap();
+        let content: Vec<u8> = (0..100).collect();
+        let buf = Buf::new(100);
+        buf.copy_in(0, &content);
+        let mut calls = 0;
+        let mut unreliable = |direction, fd: BorrowedFd<'_>, piece: Piece| {
+            calls += 1;
+            match calls % 3 {
+                0 => -i64::from(libc::EINTR),
+                1 => -i64::from(libc::EAGAIN),
+                _ => call(direction, fd, Piece { len: piece.len.min(7), ..piece }),
+            }
+        };
+        file.run_by(file.transfer(Direction::Write, &buf, 0..100, 3).unwrap(), &mut unreliable).unwrap();
+        assert_eq!(std::fs::read(place.path()).unwrap()[3..], content);
+        buf.fill_zero(0..100);
+        file.run_by(file.transfer(Direction::Read, &buf, 0..100, 3).unwrap(), &mut unreliable).unwrap();
+        let mut read = vec![0; 100];
+        buf.copy_out(0, &mut read);
+        assert_eq!(read, content);
+        assert!(calls > 80, "{calls}");
+    }
 }
