@@ -9,7 +9,9 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Wake, Waker};
-use vdisk_image::{CheckWatch, CompactWatch, Disk, DiskError, Fault, FaultKind, FileIo, Flags, Format, Op, OpenOptions, Request};
+use vdisk_image::{
+    CheckWatch, CompactWatch, Disk, DiskError, Fault, FaultKind, FileIo, Flags, Format, Op, OpenOptions, Request,
+};
 
 /// Bytes of a request at most. More is no fault of the image: whoever asks for a terabyte of zeroes gets it.
 const MAX_LEN: u64 = 256 << 10;
