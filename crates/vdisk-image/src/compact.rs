@@ -131,7 +131,7 @@ impl<I: FileIo, W: CompactWatch> Compacting<'_, I, W> {
         self.total += len / COPY;
         let (mut done, mut stored) = (0, 0);
         while done < len {
-            let (hole, run) = self.stored_at(file, offset + done, offset + len).await?;
+            let (hole, run) = self.disk.stored_at(self.io, file, offset + done, offset + len).await?;
             let part = if hole { run } else { COPY.min(len - done) };
             let content = self.content(file, offset + done, part).await?;
             stored += content.stored;
@@ -190,10 +190,10 @@ impl<I: FileIo, W: CompactWatch> Compacting<'_, I, W> {
     /// Bytes that everything but the grains takes on the host.
     async fn stored_metadata(&self, survey: &Survey<'_>) -> Result<u64, DiskError> {
         let (extent, len) = (survey.extent, survey.file_len);
-        let mut stored = self.stored(extent.file, 0, extent.overhead.min(len)).await?;
+        let mut stored = self.disk.stored_bytes(self.io, extent.file, 0, extent.overhead.min(len)).await?;
         let behind = |at: u64| at >= extent.overhead;
         for (from, to) in survey.tables.areas().filter(|(from, _)| behind(*from)) {
-            stored += self.stored(extent.file, from, to.min(len)).await?;
+            stored += self.disk.stored_bytes(self.io, extent.file, from, to.min(len)).await?;
         }
         Ok(stored)
     }
@@ -203,7 +203,7 @@ impl<I: FileIo, W: CompactWatch> Compacting<'_, I, W> {
         let (file, len) = (survey.extent.file, survey.file_len);
         for (from, to) in survey.unused().chain([(survey.end, len)]) {
             let to = to.min(len);
-            if from < to && self.stored(file, from, to).await? > 0 {
+            if from < to && self.disk.stored_bytes(self.io, file, from, to).await? > 0 {
                 // What no entry names may be what a power cut would bring back, unless all of it was synced.
                 self.disk.begin_change(self.io).await?;
                 self.punch(file, from, to).await?;
@@ -331,7 +331,7 @@ impl<I: FileIo, W: CompactWatch> Compacting<'_, I, W> {
         let is_zeroed = self.disk.file(file).is_none_or(|f| !f.cannot_punch.load(Ordering::Relaxed));
         let mut done = 0;
         while done < extent.grain {
-            let (hole, run) = self.stored_at(file, from + done, from + extent.grain).await?;
+            let (hole, run) = self.disk.stored_at(self.io, file, from + done, from + extent.grain).await?;
             if hole && is_zeroed {
                 done += run;
                 continue;
@@ -409,7 +409,7 @@ impl<I: FileIo, W: CompactWatch> Compacting<'_, I, W> {
         let mut content = Content::default();
         let (mut from, end) = (at, at + len);
         while from < end {
-            let (hole, len) = self.stored_at(file, from, end).await?;
+            let (hole, len) = self.disk.stored_at(self.io, file, from, end).await?;
             let len = if hole { len } else { len.min(COPY) };
             if !hole {
                 content.take(from, &self.read(file, from, len).await?);
@@ -441,23 +441,5 @@ impl<I: FileIo, W: CompactWatch> Compacting<'_, I, W> {
                 done.map_err(|e| DiskError::host(format!("punch {} bytes at {from} of {}", to - from, known.name), e))
             }
         }
-    }
-
-    /// Bytes of a part of a file that take space on the host.
-    async fn stored(&self, file: FileId, from: u64, to: u64) -> Result<u64, DiskError> {
-        let (mut at, mut bytes) = (from, 0);
-        while at < to {
-            let (hole, len) = self.stored_at(file, at, to).await?;
-            bytes += if hole { 0 } else { len };
-            at += len;
-        }
-        Ok(bytes)
-    }
-
-    /// Whether a hole begins there, and how long it or the data is.
-    async fn stored_at(&self, file: FileId, at: u64, end: u64) -> Result<(bool, u64), DiskError> {
-        let stored = self.io.stored_at(file, at).await;
-        let stored = stored.map_err(|e| DiskError::host(format!("look for holes in {}", self.disk.name(file)), e))?;
-        Ok((stored.hole, stored.len.min(end - at)))
     }
 }

@@ -232,6 +232,36 @@ impl Disk {
             .map_err(|e| DiskError::host(format!("read {len} bytes of metadata at {at} of {}", self.name(file)), e))
     }
 
+    /// Bytes of a part of a file that take space on the host.
+    pub(crate) async fn stored_bytes<I: FileIo>(
+        &self,
+        io: &I,
+        file: FileId,
+        from: u64,
+        to: u64,
+    ) -> Result<u64, DiskError> {
+        let (mut at, mut bytes) = (from, 0);
+        while at < to {
+            let (hole, len) = self.stored_at(io, file, at, to).await?;
+            bytes += if hole { 0 } else { len };
+            at += len;
+        }
+        Ok(bytes)
+    }
+
+    /// Whether a hole begins there, and how long it or the data is, up to byte `end`.
+    pub(crate) async fn stored_at<I: FileIo>(
+        &self,
+        io: &I,
+        file: FileId,
+        at: u64,
+        end: u64,
+    ) -> Result<(bool, u64), DiskError> {
+        let stored = io.stored_at(file, at).await;
+        let stored = stored.map_err(|e| DiskError::host(format!("look for holes in {}", self.name(file)), e))?;
+        Ok((stored.hole, stored.len.min(end - at)))
+    }
+
     pub(crate) fn name(&self, file: FileId) -> String {
         self.file(file).map_or_else(String::new, |f| f.name.clone())
     }

@@ -155,7 +155,7 @@ impl<'a, I: FileIo, B: Backup> Writer<'a, I, B> {
     /// Punches a hole, durably, as far as it can be one. Bytes that the host has got back.
     pub(super) async fn punch(&mut self, file: FileId, start: u64, end: u64) -> Result<u64, DiskError> {
         let (start, end) = (start.next_multiple_of(BLOCK), end / BLOCK * BLOCK);
-        let before = if start < end { self.stored(file, start, end).await? } else { 0 };
+        let before = if start < end { self.disk.stored_bytes(self.io, file, start, end).await? } else { 0 };
         if before == 0 {
             return Ok(0);
         }
@@ -171,25 +171,7 @@ impl<'a, I: FileIo, B: Backup> Writer<'a, I, B> {
         }
         self.barrier(file).await?;
         // Blocks of the host may be larger than ours.
-        Ok(before.saturating_sub(self.stored(file, start, end).await?))
-    }
-
-    /// Bytes of a part of a file that take space on the host.
-    async fn stored(&self, file: FileId, start: u64, end: u64) -> Result<u64, DiskError> {
-        let (mut at, mut bytes) = (start, 0);
-        while at < end {
-            let (hole, len) = self.stored_at(file, at, end).await?;
-            bytes += if hole { 0 } else { len };
-            at += len;
-        }
-        Ok(bytes)
-    }
-
-    /// Whether a hole begins there, and how long it or the data is.
-    async fn stored_at(&self, file: FileId, at: u64, end: u64) -> Result<(bool, u64), DiskError> {
-        let stored = self.io.stored_at(file, at).await;
-        let stored = stored.map_err(|e| DiskError::host(format!("look for holes in {}", self.disk.name(file)), e))?;
-        Ok((stored.hole, stored.len.min(end - at)))
+        Ok(before.saturating_sub(self.disk.stored_bytes(self.io, file, start, end).await?))
     }
 
     /// Keeps a part of a file that is to read as zeroes, or not at all.
@@ -197,7 +179,7 @@ impl<'a, I: FileIo, B: Backup> Writer<'a, I, B> {
         let zeroes = vec![0; size(PIECE)];
         let mut at = start;
         while at < end {
-            let (hole, mut len) = self.stored_at(file, at, end).await?;
+            let (hole, mut len) = self.disk.stored_at(self.io, file, at, end).await?;
             if !hole {
                 len = len.min(PIECE);
                 let before = self.disk.read_metadata(self.io, file, at, len).await?;

@@ -236,24 +236,27 @@ fn the_cache_forgets_a_place_that_gets_another_grain() {
         let border = 2 << 20;
         let disk = open(&memory).unwrap();
         run(async {
-            write(&disk, &memory, border - 4096, &[1; 8192]).await.unwrap();
+            // Not in a row in the file: they are read one by one.
+            write(&disk, &memory, border, &[1; 4096]).await.unwrap();
+            write(&disk, &memory, border - 4096, &[1; 4096]).await.unwrap();
             disk.close(&memory).await.unwrap();
         });
         let disk = open(&memory).unwrap();
         run(async {
-            read(&disk, &memory, border - 512, 512).await.unwrap();
-            // Each time at this place.
+            // All but the last of what brings a grain into the cache.
+            for n in 1..8 {
+                read(&disk, &memory, border - 512 * n, 512).await.unwrap();
+            }
+            // So that the next change is not the first.
             write(&disk, &memory, 0, &[2; 4096]).await.unwrap();
         });
         run(async {
-            // The second one is the one for which a grain comes into the cache.
-            let readers = join(read(&disk, &memory, border - 512, 1024), read(&disk, &memory, border - 1024, 1536));
-            let mut readers = Box::pin(readers);
-            let pending = poll_fn(|cx| Poll::Ready(readers.as_mut().poll(cx).is_pending())).await;
+            let mut reader = Box::pin(read(&disk, &memory, border - 512, 1024));
+            let pending = poll_fn(|cx| Poll::Ready(reader.as_mut().poll(cx).is_pending())).await;
             discard(&disk, &memory, border - 4096, 4096).await;
             if pending {
                 overtaken += 1;
-                readers.await.0.unwrap();
+                reader.await.unwrap();
             }
             for _ in 0..3 {
                 flush(&disk, &memory).await.unwrap();
