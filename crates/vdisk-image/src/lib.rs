@@ -36,6 +36,7 @@ mod probe;
 mod read;
 mod recover;
 mod request;
+mod resident;
 mod scan;
 mod se_sparse;
 mod span;
