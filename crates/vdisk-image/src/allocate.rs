@@ -6,7 +6,7 @@
 use crate::coding::Entry;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::FileId;
-use crate::free::{FreeSpace, Freed, Place};
+use crate::free::{FreeSpace, Place};
 use crate::ledger::{Ledger, What};
 use crate::sparse::{Lookup, MetaRef, Sparse};
 use crate::table::{PAGE_ENTRIES, SECTOR_ENTRIES, Table, TableCopy};
@@ -32,8 +32,8 @@ pub(crate) struct State {
     pub(crate) next: Option<u64>,
     /// Places in front of that which nothing names: they are given out first.
     pub(crate) free: FreeSpace,
-    /// Places that will be free.
-    pub(crate) freed: Freed,
+    /// Places that the next flush makes free.
+    pub(crate) freed: Vec<Place>,
     /// Grains that are being written for the first time, and who waits for them.
     pub(crate) busy: HashMap<u64, WaitList>,
     /// The file is being extended.
@@ -67,8 +67,6 @@ pub(crate) struct Ticket<'a> {
     place: u64,
     /// The place reads as zeroes: what is not written need not be.
     zeroed: bool,
-    /// Another grain was there before.
-    reused: bool,
     done: bool,
 }
 
@@ -109,7 +107,6 @@ struct Given {
     /// Grains.
     count: u64,
     zeroed: bool,
-    reused: bool,
 }
 
 /// The host's space that a table needs before it changes or is made. Answered by [`Sparse::reserved`].
@@ -175,12 +172,12 @@ impl Sparse {
         }
         let taken = self.take_places(&mut state, count);
         self.unclaim(count - taken.as_ref().map_or(0, |t| t.as_ref().map_or(0, |t| t.count)));
-        let Some(Given { at: place, count, zeroed, reused }) = taken? else { return Ok(Plan::Grow) };
+        let Some(Given { at: place, count, zeroed }) = taken? else { return Ok(Plan::Grow) };
         for g in grain..grain + count {
             state.busy.insert(g, WaitList::default());
         }
         table.pin();
-        let ticket = Ticket { extent: self, table, index, first: grain, count, place, zeroed, reused, done: false };
+        let ticket = Ticket { extent: self, table, index, first: grain, count, place, zeroed, done: false };
         Ok(Plan::Write { offset: place + skip, len: len.min(count * self.grain - skip), ticket: Some(ticket) })
     }
 
@@ -297,10 +294,10 @@ impl Sparse {
     /// Room for up to `count` grains, where others were if there is such. `None` if the file has to be extended first.
     fn take_places(&self, state: &mut State, count: u64) -> Result<Option<Given>, DiskError> {
         if let Some(Place { at, len, zeroed }) = state.free.take(self.grain, count) {
-            return Ok(Some(Given { at, count: len / self.grain, zeroed, reused: true }));
+            return Ok(Some(Given { at, count: len / self.grain, zeroed }));
         }
         let new = self.take_room(state, self.grain, count)?;
-        Ok(new.map(|(at, count)| Given { at, count, zeroed: true, reused: false }))
+        Ok(new.map(|(at, count)| Given { at, count, zeroed: true }))
     }
 
     /// Room for up to `count` units of `unit` bytes that was never used: (byte offset, units). `None` if the file has to be extended
@@ -423,12 +420,6 @@ impl Ticket<'_> {
     /// Whether the place reads as zeroes.
     pub(crate) fn is_zero_filled(&self) -> bool {
         self.zeroed
-    }
-
-    /// Byte offsets in the file of those of the grains whose place had another grain before.
-    pub(crate) fn reused_places(&self) -> impl Iterator<Item = u64> {
-        let count = if self.reused { self.count } else { 0 };
-        (0..count).map(|n| self.place + n * self.extent.grain)
     }
 
     /// Whether the grain is marked as zeroes, which hide the parent.

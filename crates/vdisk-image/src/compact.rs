@@ -12,7 +12,7 @@ use crate::check::survey::Survey;
 use crate::disk::{Disk, size};
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo, read_bytes};
-use crate::free::Freeing;
+use crate::free::{Freeing, Place};
 use crate::image::Layout;
 use crate::scan::TableRun;
 use crate::sparse::{Lookup, Sparse};
@@ -364,11 +364,15 @@ impl<I: FileIo, W: CompactWatch> Compacting<'_, I, W> {
                 Lookup::Absent => return Ok(false),
                 Lookup::Table(()) => {
                     let changed = match to {
-                        None => extent.free(grain.offset, grain.at, true),
+                        None => extent.free(grain.offset, grain.at),
                         Some(to) => extent.move_to(grain.offset, grain.at, to),
                     };
                     match changed {
-                        Freeing::Done => return Ok(true),
+                        Freeing::Done => {
+                            // No request is under way. A grain that has no place any more was zeroes.
+                            extent.freed(vec![Place { at: grain.at, len: extent.grain, zeroed: to.is_none() }]);
+                            return Ok(true);
+                        }
                         Freeing::Kept => return Ok(false),
                         Freeing::Reserve(room) => Obstacle::Reserve(extent, room),
                         Freeing::Flush => Obstacle::Flush,

@@ -92,18 +92,20 @@ impl Disk {
         if op == Op::Flush {
             return self.flush(io).await;
         }
-        let passage = self.grace.enter();
-        match op {
-            Op::Read => return self.read(io, offset, len, buf).await,
-            Op::Write | Op::Discard | Op::WriteZeroes | Op::Flush => self.check_poison()?,
+        if op == Op::Read {
+            let _passage = self.grace.enter();
+            return self.read(io, offset, len, buf).await;
         }
+        self.check_poison()?;
         self.begin_change(io).await?;
         match op {
-            Op::Write => self.write(io, offset, len, buf).await?,
             Op::Discard => self.discard(io, offset, len).await?,
-            _ => self.write_zeroes(io, offset, len, flags.no_unmap && !self.zeroout_unmaps).await?,
+            Op::WriteZeroes => self.write_zeroes(io, offset, len, flags.no_unmap && !self.zeroout_unmaps).await?,
+            _ => {
+                let _passage = self.grace.enter();
+                self.write(io, offset, len, buf).await?;
+            }
         }
-        drop(passage);
         if flags.fua { self.flush(io).await } else { Ok(()) }
     }
 
@@ -137,12 +139,7 @@ impl Disk {
                 if let Some((ledger, turned)) = &turned {
                     ledger.settle(turned);
                 }
-                plan.done(self.grace.now());
-                if let Some(epoch) = self.grace.ended() {
-                    for extent in self.chain.top.writable_sparse() {
-                        extent.let_go(epoch);
-                    }
-                }
+                plan.done();
                 round.succeeded();
                 Ok(())
             }

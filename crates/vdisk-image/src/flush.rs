@@ -7,7 +7,6 @@
 use crate::error::{DiskError, chain};
 use crate::file_io::{FileId, FileIo};
 use crate::free::Place;
-use crate::grace::Epoch;
 use crate::sparse::Sparse;
 use crate::table::{Entries, SECTOR_ENTRIES, Table, TableCopy};
 use crate::wait::{WaitList, locked, until, wake};
@@ -89,14 +88,13 @@ impl<'a> FlushPlan<'a> {
         plan
     }
 
-    /// Everything in the plan is durable, as of `epoch`, and the ledger knows: the tables may leave memory, and what was freed may be
-    /// used again when the epoch has ended.
-    pub(crate) fn done(self, epoch: Epoch) {
+    /// Everything in the plan is durable, and the ledger knows: the tables may leave memory, and what was freed may be used again.
+    pub(crate) fn done(self) {
         for taken in self.tables {
             taken.table.unpin();
         }
         for (extent, places) in self.freed {
-            extent.flushed(epoch, places);
+            extent.flushed(places);
         }
     }
 
@@ -114,7 +112,7 @@ impl<'a> FlushPlan<'a> {
             locked(&extent.state).dirty_gd.insert(sector);
         }
         for (extent, places) in self.freed {
-            extent.not_flushed(places);
+            extent.freed(places);
         }
         self.files
     }
@@ -156,7 +154,7 @@ impl Sparse {
             to.taken.push(TakenTable { extent: self, index, table, sectors });
         }
         // With the sectors that name them no more.
-        to.freed.push((self, state.freed.take_unflushed()));
+        to.freed.push((self, std::mem::take(&mut state.freed)));
         // Every table that the directory names here is durable already or is written above.
         for sector in std::mem::take(&mut state.dirty_gd) {
             to.directories.push((self, sector));

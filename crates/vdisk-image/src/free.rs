@@ -1,17 +1,16 @@
 //! Places in an extent's file that nothing names: where grains were, to be used again.
 //!
-//! A grain that is discarded as a whole loses its entry. Its place is given out again when the entry is durably gone (the next
-//! flush) and no request can be at it any more ([`crate::grace`]). What earlier sessions left is found when the tables are looked
-//! through for the first change.
+//! A grain that is discarded as a whole loses its entry. When no request can be at its place any more ([`crate::grace`]), a hole is
+//! punched there, and when the entry is durably gone as well (the next flush), it is given out again. What earlier sessions left is
+//! found when the tables are looked through for the first change.
 
 use crate::allocate::{Room, State, sector_number};
 use crate::coding::{Coding, Entry};
-use crate::grace::Epoch;
 use crate::ledger::What;
 use crate::sparse::{Lookup, Sparse};
 use crate::table::TableCopy;
 use crate::wait::locked;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
@@ -106,28 +105,12 @@ impl FreeSpace {
     }
 }
 
-/// Places that were freed and cannot be given out yet.
-#[derive(Debug, Default)]
-pub(crate) struct Freed {
-    /// Their entries may still be what a power cut leaves.
-    unflushed: Vec<Place>,
-    /// Requests that began in this epoch or before may be at them.
-    limbo: VecDeque<(Epoch, Vec<Place>)>,
-}
-
-impl Freed {
-    /// What the next flush makes durable.
-    pub(crate) fn take_unflushed(&mut self) -> Vec<Place> {
-        std::mem::take(&mut self.unflushed)
-    }
-}
-
 /// What became of a grain that was to be freed.
 #[derive(Debug)]
 pub(crate) enum Freeing {
     /// It has no entry any more, or another one.
     Done,
-    /// It keeps its entry for good.
+    /// It keeps the entry that it has.
     Kept,
     /// The host's space for its table has to be taken first.
     Reserve(Room),
@@ -142,25 +125,30 @@ impl Sparse {
         matches!(self.coding, Coding::Hosted { .. })
     }
 
-    /// Takes the entry of the grain at `offset` away, if its place is still the one at byte `at` of the file. With `zeroed`, the
-    /// place reads as zeroes already: so does the grain then, whether its entry is there after a crash or not.
-    pub(crate) fn free(&self, offset: u64, at: u64, zeroed: bool) -> Freeing {
+    /// Takes the entry of the grain at `offset` away, if its place is still the one at byte `at` of the file. When no request is at that
+    /// any more, the caller hands it to [`Sparse::freed`].
+    pub(crate) fn free(&self, offset: u64, at: u64) -> Freeing {
         let in_file = at + self.grain <= self.file_len.load(Ordering::Acquire);
         if !in_file {
             return Freeing::Kept;
         }
-        self.rename(offset, Place { at, len: self.grain, zeroed }, None)
+        self.rename(offset, at, None)
+    }
+
+    /// No entry names these places, and no request is at them: when the next flush has made that durable, they are free.
+    pub(crate) fn freed(&self, places: Vec<Place>) {
+        locked(&self.state).freed.extend(places);
     }
 
     /// Gives the grain at `offset` the place at byte `to`, which nothing names, instead of the one at byte `from`. Both hold the same, and
-    /// nobody changes the grain meanwhile.
+    /// nobody changes the grain meanwhile. The place that it had is handed over as after [`Sparse::free`].
     pub(crate) fn move_to(&self, offset: u64, from: u64, to: u64) -> Freeing {
-        self.rename(offset, Place { at: from, len: self.grain, zeroed: false }, Some(to))
+        self.rename(offset, from, Some(to))
     }
 
-    fn rename(&self, offset: u64, from: Place, to: Option<u64>) -> Freeing {
+    fn rename(&self, offset: u64, at: u64, to: Option<u64>) -> Freeing {
         let (index, entry, _) = self.split(offset);
-        let (grain, at) = (offset / self.grain, from.at);
+        let grain = offset / self.grain;
         let mut state = locked(&self.state);
         let Lookup::Table(table) = self.table(index, Arc::clone) else { return Freeing::Kept };
         let is_there = matches!(self.coding.grain(table.entry(entry).unwrap_or(0)), Ok(Entry::At(now)) if now == at);
@@ -173,7 +161,7 @@ impl Sparse {
         if !table.is_reserved() {
             return Freeing::Reserve(self.room_of(index, table));
         }
-        if state.freed.unflushed.len() >= MOST_FREED || !self.claim(1) {
+        if state.freed.len() >= MOST_FREED || !self.claim(1) {
             return Freeing::Flush;
         }
         let sector = to.map_or(0, sector_number);
@@ -184,7 +172,6 @@ impl Sparse {
         if let Some(to) = to {
             state.free.remove(to, self.grain);
         }
-        state.freed.unflushed.push(from);
         Freeing::Done
     }
 
@@ -197,36 +184,17 @@ impl Sparse {
         }
     }
 
-    /// The entries that named these places are durably gone. Requests that began in `epoch` or before may still be at them.
-    pub(crate) fn flushed(&self, epoch: Epoch, places: Vec<Place>) {
-        if !places.is_empty() {
-            locked(&self.state).freed.limbo.push_back((epoch, places));
-        }
-    }
-
-    /// These places were to be flushed, and are to be with the next flush.
-    pub(crate) fn not_flushed(&self, places: Vec<Place>) {
-        locked(&self.state).freed.unflushed.extend(places);
-    }
-
-    /// No request of `epoch` or before is left. Whether there are more places now that can be given out.
-    pub(crate) fn let_go(&self, epoch: Epoch) -> bool {
+    /// The entries that named these places are durably gone: they can be given out.
+    pub(crate) fn flushed(&self, places: Vec<Place>) {
         let mut state = locked(&self.state);
-        let State { free, freed, .. } = &mut *state;
-        let mut any = false;
-        while let Some((_, places)) = freed.limbo.pop_front_if(|(since, _)| *since <= epoch) {
-            places.into_iter().for_each(|p| free.insert(p));
-            any = true;
-        }
-        any
+        places.into_iter().for_each(|p| state.free.insert(p));
     }
 
     /// Cuts the free places at the end off what was given out, when no request is under way and everything is flushed. First byte
     /// behind what is used; `None` if nothing was given out.
     pub(crate) fn cut_tail(&self) -> Option<u64> {
         let mut state = locked(&self.state);
-        let State { free, freed, next, .. } = &mut *state;
-        freed.limbo.drain(..).flat_map(|(_, places)| places).for_each(|p| free.insert(p));
+        let State { free, next, .. } = &mut *state;
         *next = next.map(|end| free.cut_tail(end));
         *next
     }

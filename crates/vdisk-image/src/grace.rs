@@ -1,14 +1,18 @@
 //! Grace periods: when nobody can be at a place any more that was free to be found before.
 //!
 //! A request finds where a grain is, and reads or writes there some time later. A place that no entry names any more may be
-//! given to another grain only when all requests that may have found it before have ended. No request says where it is: it only says
-//! that it is under way, in a counter of its thread's, and a place waits for those that were under way when it was freed.
+//! punched, and given to another grain, only when all requests that may have found it before have ended. No request says where it is:
+//! it only says that it is under way, in a counter of its thread's, and a place waits for those that were under way when it was freed.
 //!
 //! Epochs go by one at a time. The next one begins only when no request of the one before the current is left, so that all that are
 //! under way belong to two epochs, which an even and an odd counter tell apart.
 
+use crate::wait::{WaitList, locked, wake};
 use std::cell::Cell;
+use std::future::poll_fn;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::task::Poll;
 
 /// Threads that count for themselves; more of them share.
 const SHARDS: usize = 16;
@@ -17,6 +21,9 @@ const SHARDS: usize = 16;
 #[derive(Debug, Default)]
 pub(crate) struct Grace {
     epoch: AtomicU64,
+    /// Tasks that wait for an epoch's end. Beside the epoch, which every request looks at too.
+    waiting: AtomicUsize,
+    waiters: Mutex<WaitList>,
     shards: [Shard; SHARDS],
 }
 
@@ -31,11 +38,14 @@ struct Shard {
 /// A request that is under way, until it is dropped.
 #[derive(Debug)]
 #[must_use]
-pub(crate) struct Passage<'a>(&'a AtomicU64);
+pub(crate) struct Passage<'a> {
+    grace: &'a Grace,
+    counter: &'a AtomicU64,
+}
 
 /// A point in time that requests can be older than.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(crate) struct Epoch(u64);
+struct Epoch(u64);
 
 impl Grace {
     /// A request begins, before it looks where anything is.
@@ -47,20 +57,45 @@ impl Grace {
             counter.fetch_add(1, Ordering::SeqCst);
             // Counted while the epoch was another one already, it would not be waited for.
             if self.epoch.load(Ordering::SeqCst) == epoch {
-                return Passage(counter);
+                return Passage { grace: self, counter };
             }
-            counter.fetch_sub(1, Ordering::SeqCst);
+            self.leave(counter);
         }
     }
 
+    fn leave(&self, counter: &AtomicU64) {
+        // Who waits says so before it looks at the counters: either it sees this one, or it is seen here.
+        if counter.fetch_sub(1, Ordering::SeqCst) == 1 && self.waiting.load(Ordering::SeqCst) != 0 {
+            let wakers = locked(&self.waiters).take();
+            wake(wakers);
+        }
+    }
+
+    /// Waits until every request that is under way has ended. Whoever calls this is none, or waits for ever.
+    pub(crate) async fn all_left(&self) {
+        let now = self.now();
+        let has_ended = || self.ended().is_some_and(|ended| ended >= now);
+        if has_ended() {
+            return;
+        }
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let _waiting = Waiting(self);
+        poll_fn(|cx| {
+            // In the list first: what leaves after the look finds this task there.
+            locked(&self.waiters).add(cx);
+            if has_ended() { Poll::Ready(()) } else { Poll::Pending }
+        })
+        .await;
+    }
+
     /// What happened before this call is seen by every request that begins in a later epoch than the answer.
-    pub(crate) fn now(&self) -> Epoch {
+    fn now(&self) -> Epoch {
         // A change, if of nothing, so that whoever begins the next epoch has seen what was before.
         Epoch(self.epoch.fetch_add(0, Ordering::SeqCst))
     }
 
     /// The newest epoch of which no request is left, nor of any before it; `None` at first.
-    pub(crate) fn ended(&self) -> Option<Epoch> {
+    fn ended(&self) -> Option<Epoch> {
         self.advance();
         self.advance();
         self.epoch.load(Ordering::SeqCst).checked_sub(2).map(Epoch)
@@ -79,7 +114,16 @@ impl Grace {
 
 impl Drop for Passage<'_> {
     fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::SeqCst);
+        self.grace.leave(self.counter);
+    }
+}
+
+/// A task that waits, until it is dropped.
+struct Waiting<'a>(&'a Grace);
+
+impl Drop for Waiting<'_> {
+    fn drop(&mut self) {
+        self.0.waiting.fetch_sub(1, Ordering::SeqCst);
     }
 }
 
@@ -131,10 +175,26 @@ mod tests {
         assert!(ends || has_ended(&grace, freed));
     }
 
-    /// Readers look at what a place says while a writer frees and uses it again.
+    struct Parked(std::thread::Thread);
+
+    impl std::task::Wake for Parked {
+        fn wake(self: std::sync::Arc<Self>) {
+            self.0.unpark();
+        }
+    }
+
+    fn block_on(future: impl Future<Output = ()>) {
+        let waker = std::sync::Arc::new(Parked(std::thread::current())).into();
+        let mut future = std::pin::pin!(future);
+        while future.as_mut().poll(&mut std::task::Context::from_waker(&waker)).is_pending() {
+            std::thread::park();
+        }
+    }
+
+    /// Readers look at what a place says while a writer frees and uses it again, as soon as it may.
     #[test]
     fn no_thread_sees_what_took_the_place_of_what_it_found() {
-        const PLACES: u64 = 1 << 16;
+        const PLACES: u64 = 1 << 18;
         let grace = Grace::default();
         // Each place is used once; the one that is named now, and for each whether it is used by somebody else.
         let named = AtomicU64::new(0);
@@ -154,14 +214,10 @@ mod tests {
                     }
                 });
             }
-            let mut limbo = std::collections::VecDeque::new();
             for next in 1..PLACES {
                 named.store(next, Ordering::Release);
-                limbo.push_back((grace.now(), next - 1));
-                let Some(ended) = grace.ended() else { continue };
-                while let Some((_, place)) = limbo.pop_front_if(|(epoch, _)| *epoch <= ended) {
-                    reused[usize::try_from(place).unwrap()].store(true, Ordering::Release);
-                }
+                block_on(grace.all_left());
+                reused[usize::try_from(next - 1).unwrap()].store(true, Ordering::Release);
             }
         });
     }

@@ -210,10 +210,6 @@ impl Disk {
 
     /// Extends an extent's file, so that grains can be given out in it.
     async fn grow<I: FileIo>(&self, io: &I, extent: &Sparse) -> Result<(), DiskError> {
-        // What was freed is better than what is new.
-        if self.grace.ended().is_some_and(|epoch| extent.let_go(epoch)) {
-            return Ok(());
-        }
         let Some((needed, wanted)) = extent.grow().await else { return Ok(()) };
         let mut growing = Growing { extent, len: None };
         // A limit that forbids the generous step may still allow the small one.
@@ -292,7 +288,6 @@ impl Disk {
                 batch.gaps.push(Gap { offset: place.extent.start + offset, len, file, at, from_below, zeroed });
             }
         }
-        batch.stale.extend(ticket.reused_places().map(|at| (file, at)));
         batch.tickets.push(ticket);
     }
 }

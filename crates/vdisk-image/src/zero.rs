@@ -1,15 +1,15 @@
-//! Discard and write zeroes: space is given back by punching holes, in units of the host's blocks. So it is safe at once: whatever
-//! entries a crash leaves, what was zeroed reads as zeroes.
+//! Discard and write zeroes: space is given back by punching holes, in units of the host's blocks.
 //!
-//! A whole grain then loses its entry, if no parent would show through, and its place is used again ([`crate::free`]). Other
-//! grains keep theirs. A grain that is absent reads as zeroes already: both operations leave it so. Over a parent, write zeroes hides
+//! A whole grain loses its entry first, if no parent would show through. The hole is punched when no request is at its place any
+//! more: a write that was under way could fill it again, and then the place is used again ([`crate::free`]) and must read as zeroes.
+//! Other grains keep their entries, and what is punched or written there at the same time is in the hands of whoever asked for both. A grain that is absent reads as zeroes already: both operations leave it so. Over a parent, write zeroes hides
 //! what the parent has by a grain that is a hole, which every version of the format can say.
 
 use crate::cache::GrainKey;
 use crate::disk::{Disk, size};
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo};
-use crate::free::Freeing;
+use crate::free::{self, Freeing};
 use crate::image::{Found, Layout, Mapping, Place};
 use crate::read::{Run, Runs, push};
 use crate::sparse::Sparse;
@@ -30,15 +30,26 @@ const BLOCK: u64 = 4096;
 /// Zeroes are written in pieces of this size where the host offers nothing better.
 const ZEROES: u64 = 256 << 10;
 
-/// A grain that is zeroed as a whole.
-struct Whole<'a> {
-    extent: &'a Sparse,
-    /// In the extent.
-    offset: u64,
-    /// Byte offset in the file.
-    at: u64,
-    /// Index of the run that zeroes it.
-    run: usize,
+/// The beginning of what is to be zeroed.
+#[derive(Default)]
+struct Batch<'a> {
+    /// Bytes of it.
+    len: u64,
+    /// What is zeroed where it is.
+    runs: Runs,
+    /// Places, in runs, of grains that have no entry any more: (extent, byte offset in its file, bytes).
+    freed: Vec<(&'a Sparse, u64, u64)>,
+    /// Grains whose cached bytes will be wrong.
+    stale: Vec<GrainKey>,
+}
+
+impl<'a> Batch<'a> {
+    fn push_freed(&mut self, extent: &'a Sparse, at: u64) {
+        match self.freed.last_mut() {
+            Some((last, from, len)) if std::ptr::eq(*last, extent) && *from + *len == at => *len += extent.grain,
+            _ => self.freed.push((extent, at, extent.grain)),
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -69,57 +80,75 @@ impl Disk {
     async fn zero<I: FileIo>(&self, io: &I, offset: u64, len: u64, how: Zeroing) -> Result<(), DiskError> {
         let mut done = 0;
         while done < len {
-            let mut runs = Runs::new();
-            let mut stale: Vec<GrainKey> = Vec::new();
-            let mut whole: Vec<Whole<'_>> = Vec::new();
+            let mut batch = Batch::default();
+            let passage = self.grace.enter();
             // Up to a multiple, which splits no grain.
-            let enough = len.min((offset + done + BYTES_AT_ONCE) / BYTES_AT_ONCE * BYTES_AT_ONCE - offset);
-            while done < enough && runs.len() < AT_ONCE {
-                let place = self.chain.top.locate(offset + done, enough - done)?;
-                place.check_writable()?;
-                match place.map()? {
-                    Mapping::NeedMeta(meta) => self.load_at(io, place, meta).await?,
-                    // Who may be written is not barred.
-                    Mapping::Zero { len } | Mapping::Barred { len } => done += len,
-                    Mapping::Parent { len } if how == Zeroing::Discard => done += len,
-                    Mapping::Parent { len } => match self.chain.find_from(1, offset + done, len) {
-                        Ok(Found { place: Some(below), mapping: Mapping::NeedMeta(meta), .. }) => {
-                            self.load_at(io, below, meta).await?;
-                        }
-                        Ok(Found { mapping: Mapping::Zero { len }, .. }) => done += len,
-                        // What cannot be read is hidden like anything else.
-                        _ => done += self.hide_parent(io, offset + done, enough - done).await?,
-                    },
-                    Mapping::Compressed { file, record, .. } => {
-                        // Opening for writing refuses compressed extents, so nobody sees this.
-                        let what = format!("{}: the grain at byte {} is compressed", self.name(file), record.at);
-                        return Err(DiskError::new(ErrorKind::ReadOnly, what));
-                    }
-                    Mapping::Data { file, offset: at, len, grain } => {
-                        push(&mut runs, Run { file, at, start: done, len, grain });
-                        stale.extend(grain.map(|g| (file, g.start)));
-                        if let Some(extent) = self.covers_grain(place, len, how) {
-                            whole.push(Whole { extent, offset: place.offset, at, run: runs.len() - 1 });
-                        }
-                        done += len;
-                    }
-                }
-            }
-            let results = join_all(runs.iter().map(|run| self.zero_run(io, run, how))).await;
-            for run in &runs {
+            let enough = len.min((offset + done + BYTES_AT_ONCE) / BYTES_AT_ONCE * BYTES_AT_ONCE - offset) - done;
+            let planned = self.plan_zero(io, offset + done, enough, how, &mut batch).await;
+            let results = join_all(batch.runs.iter().map(|run| self.zero_run(io, run, how))).await;
+            for run in &batch.runs {
                 self.mark_dirty(run.file);
             }
-            for key in stale {
+            for &key in &batch.stale {
                 self.cache.forget(key);
             }
-            let punched = results.into_iter().collect::<Result<Vec<bool>, _>>()?;
-            for grain in whole {
-                let punched = punched.get(grain.run).copied().unwrap_or(false);
-                // Zeroes that were written are gone with their place, and would have to be again: not before a flush.
-                if punched || how == Zeroing::Discard {
-                    self.free(io, &grain, punched).await?;
+            drop(passage);
+            let emptied = self.empty(io, &batch.freed).await;
+            planned?;
+            results.into_iter().collect::<Result<Vec<_>, _>>()?;
+            emptied?;
+            done += batch.len;
+        }
+        Ok(())
+    }
+
+    /// Plans the beginning of a range, and takes the entries of whole grains away. What the batch has is to be done even after an
+    /// error.
+    async fn plan_zero<'a, I: FileIo>(
+        &'a self,
+        io: &I,
+        offset: u64,
+        len: u64,
+        how: Zeroing,
+        batch: &mut Batch<'a>,
+    ) -> Result<(), DiskError> {
+        while batch.len < len && batch.runs.len() + batch.freed.len() < AT_ONCE {
+            let (offset, len) = (offset + batch.len, len - batch.len);
+            let place = self.chain.top.locate(offset, len)?;
+            place.check_writable()?;
+            batch.len += match place.map()? {
+                Mapping::NeedMeta(meta) => {
+                    self.load_at(io, place, meta).await?;
+                    0
                 }
-            }
+                // Who may be written is not barred.
+                Mapping::Zero { len } | Mapping::Barred { len } => len,
+                Mapping::Parent { len } if how == Zeroing::Discard => len,
+                Mapping::Parent { len: absent } => match self.chain.find_from(1, offset, absent) {
+                    Ok(Found { place: Some(below), mapping: Mapping::NeedMeta(meta), .. }) => {
+                        self.load_at(io, below, meta).await?;
+                        0
+                    }
+                    Ok(Found { mapping: Mapping::Zero { len }, .. }) => len,
+                    // What cannot be read is hidden like anything else.
+                    _ => self.hide_parent(io, offset, len).await?,
+                },
+                Mapping::Compressed { file, record, .. } => {
+                    // Opening for writing refuses compressed extents, so nobody sees this.
+                    let what = format!("{}: the grain at byte {} is compressed", self.name(file), record.at);
+                    return Err(DiskError::new(ErrorKind::ReadOnly, what));
+                }
+                Mapping::Data { file, offset: at, len, grain } => {
+                    match self.covers_grain(place, len, how) {
+                        Some(extent) if self.free(io, extent, place.offset, at).await? => batch.push_freed(extent, at),
+                        _ => {
+                            batch.stale.extend(grain.map(|g| (file, g.start)));
+                            push(&mut batch.runs, Run { file, at, start: batch.len, len, grain });
+                        }
+                    }
+                    len
+                }
+            };
         }
         Ok(())
     }
@@ -133,19 +162,41 @@ impl Disk {
         (is_whole && may).then_some(&**extent)
     }
 
-    async fn free<I: FileIo>(&self, io: &I, grain: &Whole<'_>, zeroed: bool) -> Result<(), DiskError> {
+    /// Whether the grain at `offset` of the extent, which is at byte `at` of its file, has lost its entry.
+    async fn free<I: FileIo>(&self, io: &I, extent: &Sparse, offset: u64, at: u64) -> Result<bool, DiskError> {
         loop {
-            let obstacle = match grain.extent.free(grain.offset, grain.at, zeroed) {
-                Freeing::Done | Freeing::Kept => return Ok(()),
-                Freeing::Reserve(room) => Obstacle::Reserve(grain.extent, room),
+            let obstacle = match extent.free(offset, at) {
+                Freeing::Done => return Ok(true),
+                Freeing::Kept => return Ok(false),
+                Freeing::Reserve(room) => Obstacle::Reserve(extent, room),
                 Freeing::Flush => Obstacle::Flush,
             };
             match self.overcome(io, obstacle).await {
                 // Its table cannot change: it keeps its entry.
-                Err(e) if e.kind() == ErrorKind::NoSpace => return Ok(()),
+                Err(e) if e.kind() == ErrorKind::NoSpace => return Ok(false),
                 result => result?,
             }
         }
+    }
+
+    /// Makes holes of places that no entry names any more, when no request is at them, and hands them on to be used again.
+    async fn empty<I: FileIo>(&self, io: &I, freed: &[(&Sparse, u64, u64)]) -> Result<(), DiskError> {
+        if freed.is_empty() {
+            return Ok(());
+        }
+        self.grace.all_left().await;
+        // What is in the cache by now is the last of it: nobody looks for these places any more.
+        for &(extent, at, len) in freed {
+            (at..at + len).step_by(size(extent.grain)).for_each(|grain| self.cache.forget((extent.file, grain)));
+        }
+        let punch = async |&(extent, at, len): &(&Sparse, u64, u64)| {
+            let run = Run { file: extent.file, at, start: 0, len, grain: None };
+            // Nobody sees what is there: a host that cannot punch need not write zeroes.
+            let punched = self.zero_run(io, &run, Zeroing::Discard).await;
+            extent.freed(vec![free::Place { at, len, zeroed: matches!(punched, Ok(true)) }]);
+            punched.map(drop)
+        };
+        join_all(freed.iter().map(punch)).await.into_iter().collect()
     }
 
     /// Whether the run is a hole now.

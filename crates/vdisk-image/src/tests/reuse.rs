@@ -99,6 +99,35 @@ fn readers_of_a_grain_that_is_discarded_see_it_or_zeroes_and_nothing_else() {
     }
 }
 
+/// Who writes into a grain that somebody else discards does not write into the place of the next one.
+#[test]
+fn a_write_that_a_discard_overtakes_leaves_nothing_in_the_place() {
+    let mut overtaken = 0;
+    for (shape, op) in FREEING.into_iter().flat_map(|s| [(s, Op::Discard), (s, Op::WriteZeroes)]) {
+        for seed in 0..40 {
+            let memory = Memory::new(image(shape), seed);
+            let disk = open(&memory).unwrap();
+            run(async {
+                write(&disk, &memory, 0, &vec![1; UNIT as usize]).await.unwrap();
+                let nothing = RefCell::default();
+                let both = join(write(&disk, &memory, 1000, &[2; 300]), request(&disk, &memory, op, 0, UNIT, &nothing));
+                let (written, zeroed) = both.await;
+                written.and(zeroed).unwrap();
+                let now = read(&disk, &memory, 0, UNIT).await.unwrap();
+                overtaken += u32::from(now == vec![0; UNIT as usize]);
+                flush(&disk, &memory).await.unwrap();
+                // One grain of each shape at least gets a place that was freed.
+                for n in 1..33 {
+                    write(&disk, &memory, n * UNIT, &[3; 10]).await.unwrap();
+                    let rest = read(&disk, &memory, n * UNIT + 10, UNIT - 10).await.unwrap();
+                    assert!(rest == vec![0; UNIT as usize - 10], "{shape:?}, {op:?}, seed {seed}, grain {n}");
+                }
+            });
+        }
+    }
+    assert!(overtaken > 50, "{overtaken}");
+}
+
 /// With one session for all rounds, and with one for each: what the last session left is found.
 #[test]
 fn a_file_does_not_grow_by_what_is_written_and_discarded_in_turn() {
@@ -253,10 +282,12 @@ fn the_cache_forgets_a_place_that_gets_another_grain() {
         run(async {
             let mut reader = Box::pin(read(&disk, &memory, border - 512, 1024));
             let pending = poll_fn(|cx| Poll::Ready(reader.as_mut().poll(cx).is_pending())).await;
-            discard(&disk, &memory, border - 4096, 4096).await;
+            let discarding = discard(&disk, &memory, border - 4096, 4096);
             if pending {
                 overtaken += 1;
-                reader.await.unwrap();
+                join(discarding, reader).await.1.unwrap();
+            } else {
+                discarding.await;
             }
             for _ in 0..3 {
                 flush(&disk, &memory).await.unwrap();
