@@ -31,6 +31,8 @@ pub(crate) struct GrainCache {
     shard_bytes: usize,
     /// What was read lately of which grain.
     tallies: Box<[AtomicU64]>,
+    /// Leaves as many bits of a hash as number the tallies.
+    tally_shift: u32,
     /// Grains in the cache or on their way into it.
     used: AtomicUsize,
     next_fill: AtomicU64,
@@ -42,19 +44,20 @@ struct Shard {
     bytes: usize,
 }
 
-/// How much was read of a grain in pieces: its name in the upper half, then whether it came in since, then bytes.
+/// How much was read of a grain in pieces: half of its hash, whether it came in since, and bytes.
 #[derive(Clone, Copy)]
 struct Tally(u64);
 
 impl Tally {
     const CAME_IN: u64 = 1 << 31;
 
-    fn new(name: u64, bytes: usize) -> Self {
-        Self(name << 32 | (bytes as u64).min(Self::CAME_IN - 1))
+    /// No grain that is counted has as many bytes as would reach the flag: [`MAX_GRAIN`].
+    fn new(hash: u64, bytes: usize) -> Self {
+        Self(hash >> 32 << 32 | bytes as u64 & (Self::CAME_IN - 1))
     }
 
-    fn is_of(self, name: u64) -> bool {
-        self.0 >> 32 == name & 0xffff_ffff
+    fn is_of(self, hash: u64) -> bool {
+        (self.0 ^ hash) >> 32 == 0
     }
 
     fn came_in(self) -> bool {
@@ -98,11 +101,12 @@ impl GrainCache {
         let shards = SHARDS.min(bytes / grain);
         let shard_bytes = bytes.checked_div(shards).unwrap_or(0);
         let shard = || Shard { grains: LruCache::unbounded(), bytes: 0 };
-        let tallies = if shards == 0 { 0 } else { (bytes / grain * TALLIES).clamp(1, MAX_TALLIES).next_power_of_two() };
+        let tallies = if shards == 0 { 0 } else { (bytes / grain * TALLIES).clamp(2, MAX_TALLIES).next_power_of_two() };
         Self {
             shards: (0..shards).map(|_| Mutex::new(shard())).collect(),
             shard_bytes,
             tallies: (0..tallies).map(|_| AtomicU64::new(0)).collect(),
+            tally_shift: u64::BITS - tallies.trailing_zeros(),
             used: AtomicUsize::new(0),
             next_fill: AtomicU64::new(0),
         }
@@ -117,7 +121,7 @@ impl GrainCache {
     pub(crate) fn look_up(&self, key: GrainKey, len: usize, wanted: usize) -> Cached {
         let mixed = mixed(key);
         // The topmost bits: they differ the most for neighbours.
-        let slot = mixed.checked_shr(u64::BITS - self.tallies.len().trailing_zeros()).unwrap_or(0);
+        let slot = mixed.wrapping_shr(self.tally_shift);
         let Some(tally) = usize::try_from(slot).ok().and_then(|n| self.tallies.get(n)) else { return Cached::Miss };
         // Another thread may count at the same time: that one of them is lost does not matter.
         let so_far = Tally(tally.load(Ordering::Relaxed));

@@ -52,6 +52,8 @@ pub(crate) struct Sparse {
     pub(crate) overhead: u64,
     /// Where else the directories and the descriptor are: neither a table nor a grain is there.
     fixed: Vec<Range<u64>>,
+    /// Where the last of them ends.
+    fixed_end: u64,
     /// The header said that the extent was not closed.
     pub(crate) unclean: bool,
     /// Length of the extent's file in bytes, as far as it is known to have grown.
@@ -167,8 +169,10 @@ impl Sparse {
     pub(crate) fn new(file: FileId, name: String, parts: Parts, file_len: u64) -> Self {
         let directory = parts.gd_at..parts.gd_at + parts.tables * parts.coding.entry_bytes();
         let fixed = parts.fixed.into_iter().chain([directory]).filter(|area| !area.is_empty());
+        let fixed: Vec<_> = fixed.collect();
         Self {
-            fixed: fixed.collect(),
+            fixed_end: fixed.iter().map(|area| area.end).max().unwrap_or(0),
+            fixed,
             file,
             name,
             coding: parts.coding,
@@ -248,13 +252,16 @@ impl Sparse {
                 grains => return Ok(parent(grains)),
             },
             None => {
-                let enough = (skip + asked).div_ceil(self.grain);
-                let look = |t: &Arc<Table>| (t.entry(entry).unwrap_or(0), t.absent(entry, enough));
+                let enough = || (skip + asked).div_ceil(self.grain);
+                let look = |t: &Arc<Table>| match t.entry(entry).unwrap_or(0) {
+                    0 => (0, t.absent(entry, enough())),
+                    value => (value, 0),
+                };
                 match self.table(table, look) {
                     Lookup::Table((_, grains @ 1..)) => return Ok(parent(grains)),
                     Lookup::Table((value, 0)) => self.coding.grain(value).map_err(|e| (value, e)),
                     // Somebody may make the table between the two looks: this grain was absent at the first one.
-                    Lookup::Absent => return Ok(parent(self.absent_from(table, entry, enough, None).max(1))),
+                    Lookup::Absent => return Ok(parent(self.absent_from(table, entry, enough(), None).max(1))),
                     Lookup::Need(meta) => return Ok(Mapping::NeedMeta(meta)),
                 }
             }
@@ -375,7 +382,7 @@ impl Sparse {
 
     /// Whether any of the bytes belong to a directory or to the descriptor. A header need not have them in its overhead.
     pub(crate) fn is_fixed(&self, at: u64, len: u64) -> bool {
-        self.fixed.iter().any(|area| at < area.end && area.start < at.saturating_add(len))
+        at < self.fixed_end && self.fixed.iter().any(|area| at < area.end && area.start < at.saturating_add(len))
     }
 
     /// What to read (byte offset, bytes) to supply `meta`: one range, or for a directory page with a copy two. `None` for a table

@@ -128,11 +128,11 @@ impl<R: Ring, B: RingBuf> UringIo<R, B> {
         let mut memory = Buf::new(part.len());
         let all = 0..part.len();
         if direction == Direction::Write {
-            buf.copy_out(part.start, memory.get_mut().unwrap_or_default())?;
+            buf.copy_out(part.start, memory.get_mut().expect("no operation is in flight"))?;
         }
         self.transfer(file, direction, &memory, all, offset).await?;
         if direction == Direction::Read {
-            buf.copy_in(part.start, memory.get_mut().unwrap_or_default())?;
+            buf.copy_in(part.start, memory.get_mut().expect("no operation is in flight"))?;
         }
         Ok(())
     }

@@ -220,11 +220,11 @@ impl Tags<'_> {
         let failed = |e| DiskError::host(format!("copy the {len} bytes of a request at {offset}"), e);
         let mut memory = Buf::new(if matches!(op, Op::Read | Op::Write) { size(len) } else { 0 });
         if op == Op::Write {
-            pages.copy_out(0, memory.get_mut().unwrap_or_default()).map_err(failed)?;
+            pages.copy_out(0, memory.get_mut().expect("no operation is in flight")).map_err(failed)?;
         }
         self.checked(op, offset, len, flags, &RequestBuf::Memory(memory.clone())).await?;
         if op == Op::Read {
-            pages.copy_in(0, memory.get_mut().unwrap_or_default()).map_err(failed)?;
+            pages.copy_in(0, memory.get_mut().expect("no operation is in flight")).map_err(failed)?;
         }
         Ok(())
     }
