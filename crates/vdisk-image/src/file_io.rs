@@ -59,6 +59,11 @@ pub trait FileIo {
 
     /// Cuts or extends (by a hole) the file.
     async fn set_len(&self, file: FileId, len: u64) -> io::Result<()>;
+
+    /// Does work that takes far longer than a copy: on another processor, where the engine has more than this thread.
+    async fn compute<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        work()
+    }
 }
 
 /// Bytes of a file, through a buffer of its own.

@@ -1,7 +1,8 @@
 //! From the record of a compressed grain to its bytes.
 //!
 //! Whatever a record or the header says, memory is bounded: input and output go through small windows, and a grain is
-//! gathered as a whole only where it is small enough for the cache.
+//! gathered as a whole only where it is small enough for the cache. Then it is inflated by any processor that is idle: the grains of
+//! a request, and of requests, at the same time.
 
 use crate::cache::{Cached, GrainKey, MAX_GRAIN};
 use crate::disk::{Disk, size};
@@ -14,6 +15,7 @@ use futures_util::future::join_all;
 use smallvec::SmallVec;
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
+use std::ops::Range;
 use std::sync::{Arc, Mutex};
 use vmdk_parse::{GrainRecord, SECTOR_SIZE, Sectors, TableGeometry};
 
@@ -106,19 +108,37 @@ impl Disk {
             Cached::Fill(fill) => Some(fill),
             Cached::Miss => None,
         };
-        let mut bytes = Vec::new();
-        let inflated = self.inflate(io, pack.file, &pack.record, grain, |_, more| bytes.extend_from_slice(more)).await;
-        let mut copied = Ok(());
-        if inflated.is_ok() {
-            bytes.resize(size(grain), 0);
-            copied = copy(&bytes);
-        }
+        let inflated = self.inflate_whole(io, pack.file, &pack.record).await;
+        let copied = inflated.as_deref().map_or(Ok(()), copy);
+        let (bytes, result) = match inflated {
+            Ok(bytes) => (Some(bytes), copied),
+            Err(e) => (None, Err(e)),
+        };
         if let Some(fill) = fill {
-            self.cache.fill(&fill, inflated.is_ok().then(|| Arc::from(bytes)));
+            self.cache.fill(&fill, bytes.map(Arc::from));
         }
         // Not before the cache has it.
         drop(claim);
-        inflated.and(copied)
+        result
+    }
+
+    /// The bytes of a grain of at most [`MAX_GRAIN`] bytes.
+    async fn inflate_whole<I: FileIo>(&self, io: &I, file: FileId, record: &Record) -> Result<Vec<u8>, DiskError> {
+        let grain = record.grain_len();
+        let mut bytes = Vec::new();
+        let feed = async |mut fed: Fed| {
+            let mut gathered = std::mem::take(&mut bytes);
+            let work = move || {
+                let ended = fed.run(grain, &mut |_, more| gathered.extend_from_slice(more));
+                (fed, ended, gathered)
+            };
+            let (fed, ended, gathered) = io.compute(work).await;
+            bytes = gathered;
+            (fed, ended)
+        };
+        self.inflate_by(io, file, record, grain, feed).await?;
+        bytes.resize(size(grain), 0);
+        Ok(bytes)
     }
 
     async fn wait_for_inflated(&self, key: GrainKey) {
@@ -159,6 +179,21 @@ impl Disk {
         enough: u64,
         mut take: impl FnMut(u64, &[u8]),
     ) -> Result<(), DiskError> {
+        let feed = async |mut fed: Fed| {
+            let ended = fed.run(enough, &mut take);
+            (fed, ended)
+        };
+        self.inflate_by(io, file, record, enough, feed).await
+    }
+
+    async fn inflate_by<I: FileIo>(
+        &self,
+        io: &I,
+        file: FileId,
+        record: &Record,
+        enough: u64,
+        mut feed: impl AsyncFnMut(Fed) -> (Fed, Result<bool, Wrong>),
+    ) -> Result<(), DiskError> {
         let corrupt = |what: String| {
             DiskError::new(
                 ErrorKind::Corrupt,
@@ -169,7 +204,7 @@ impl Disk {
         let head_len = GrainRecord::HEAD_LEN as u64;
         // What cannot be compressed grows a little.
         let mut piece = (grain + SECTOR_SIZE).min(PIECE).min(record.file_len.saturating_sub(record.at));
-        let mut bytes = self.read_bytes(io, file, record.at, piece).await?;
+        let bytes = self.read_bytes(io, file, record.at, piece).await?;
         let head = GrainRecord::decode(&bytes).and_then(|head| head.check(&record.geometry).map(|()| head));
         let head = head.map_err(|e| corrupt("the head of its record".to_owned()).because(e))?;
         if head.lba != record.lba {
@@ -182,13 +217,15 @@ impl Disk {
                 head.len, record.file_len
             )));
         }
-        let mut inflater = Inflater::new(grain);
         let mut at = record.at + head_len;
-        let mut input = bytes.get(GrainRecord::HEAD_LEN..).unwrap_or_default();
+        let mut fed = Fed { inflater: Inflater::new(grain), input: bytes, part: 0..0 };
+        let mut skip = GrainRecord::HEAD_LEN;
         loop {
-            let here = size((end - at).min(input.len() as u64));
-            let ended = inflater.feed(input.get(..here).unwrap_or_default(), enough, &mut take);
-            let made = inflater.made();
+            let here = size((end - at).min((fed.input.len() - skip) as u64));
+            fed.part = skip..skip + here;
+            let (back, ended) = feed(fed).await;
+            fed = back;
+            let made = fed.inflater.made();
             match ended {
                 Ok(true) if made == grain || made >= enough || record.may_be_short() => return Ok(()),
                 Ok(true) => return Err(corrupt(format!("inflates to {made} bytes instead of {grain}"))),
@@ -201,8 +238,8 @@ impl Disk {
             if piece == 0 {
                 return Err(corrupt(format!("ends after {made} of {grain} bytes")));
             }
-            bytes = self.read_bytes(io, file, at, piece).await?;
-            input = &bytes;
+            fed.input = self.read_bytes(io, file, at, piece).await?;
+            skip = 0;
         }
     }
 
@@ -246,6 +283,20 @@ impl Drop for Claim<'_> {
 enum Wrong {
     TooLong,
     Data(flate2::DecompressError),
+}
+
+/// A stream, and the piece of its input that is next.
+struct Fed {
+    inflater: Inflater,
+    input: Vec<u8>,
+    part: Range<usize>,
+}
+
+impl Fed {
+    /// As [`Inflater::feed`].
+    fn run(&mut self, enough: u64, take: &mut impl FnMut(u64, &[u8])) -> Result<bool, Wrong> {
+        self.inflater.feed(self.input.get(self.part.clone()).unwrap_or_default(), enough, take)
+    }
 }
 
 /// A zlib stream of at most `limit` bytes.

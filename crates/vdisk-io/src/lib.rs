@@ -44,6 +44,7 @@ macro_rules! buf_methods {
 mod archive;
 mod blocking;
 mod buf;
+mod compute;
 mod direct;
 mod files;
 mod gate;

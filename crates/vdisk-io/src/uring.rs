@@ -10,6 +10,7 @@ use io_uring::{opcode, squeue, types};
 use vdisk_image::{FileId, FileIo, Stored};
 
 use crate::buf::Buf;
+use crate::compute::compute;
 use crate::files::FileSet;
 use crate::host_file::HostFile;
 use crate::pages::{Kind, RingBuf};
@@ -245,6 +246,10 @@ impl<R: Ring, B: RingBuf> FileIo for UringIo<R, B> {
     /// A plain ftruncate(2), which blocks: `IORING_OP_FTRUNCATE` came with Linux 6.9, and a file grows rarely.
     async fn set_len(&self, file: FileId, len: u64) -> io::Result<()> {
         self.files.find(file)?.set_len(len)
+    }
+
+    async fn compute<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
+        compute(work).await
     }
 }
 
