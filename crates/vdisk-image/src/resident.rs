@@ -1,9 +1,60 @@
 //! Which tables, and pages of the directory, stay in memory: a clock each, within a budget.
 
 use crate::allocate::State;
+use crate::disk::size;
 use crate::sparse::Sparse;
 use crate::table::{PAGE_ENTRIES, Page, Table};
-use std::sync::Arc;
+use arc_swap::ArcSwapOption;
+use std::sync::{Arc, OnceLock};
+
+/// The pages of an extent's directory that are in memory.
+#[derive(Debug)]
+pub(crate) enum Pages {
+    /// There is memory for all: what came in stays, and who looks at it need not say so.
+    Staying(Box<[OnceLock<Arc<Page>>]>),
+    /// There is not: of a few TiB and more.
+    Passing(Box<[ArcSwapOption<Page>]>),
+}
+
+impl Pages {
+    /// Room for so many pages, none of which is there yet.
+    pub(crate) fn new(count: u64, memory: usize) -> Self {
+        if size(count * PAGE_ENTRIES).saturating_mul(Page::ENTRY_WEIGHT) <= memory {
+            return Self::Staying((0..count).map(|_| OnceLock::new()).collect());
+        }
+        Self::Passing((0..count).map(|_| ArcSwapOption::empty()).collect())
+    }
+
+    /// How many there are, in memory or not.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Staying(pages) => pages.len(),
+            Self::Passing(pages) => pages.len(),
+        }
+    }
+
+    /// The page, which stays while it is held.
+    pub(crate) fn get(&self, page: usize) -> Option<Arc<Page>> {
+        match self {
+            Self::Staying(pages) => pages.get(page)?.get().cloned(),
+            Self::Passing(pages) => pages.get(page)?.load_full(),
+        }
+    }
+
+    /// Looks at the page without a count of who holds it, which all queues would share.
+    pub(crate) fn look<R>(&self, page: usize, look: impl FnOnce(&Page) -> R) -> Option<R> {
+        match self {
+            Self::Staying(pages) => pages.get(page)?.get().map(|page| look(page)),
+            Self::Passing(pages) => {
+                let page = pages.get(page)?.load();
+                page.as_ref().map(|page| {
+                    page.touch();
+                    look(page)
+                })
+            }
+        }
+    }
+}
 
 /// Tables that are looked at for one that may leave memory, each time that one comes in.
 const MAX_LOOKS: usize = 64;
@@ -12,8 +63,16 @@ impl Sparse {
     /// Puts a page of the directory into memory and, over budget, others out with all of their tables, if nothing in them is
     /// newer than the file and nobody holds them.
     pub(crate) fn insert_page_locked(&self, state: &mut State, page: u64, new: Arc<Page>) {
-        let slot = |page: u64| usize::try_from(page).ok().and_then(|p| self.pages.get(p));
-        // Loads are single-flight: nobody was faster, and if so, his page is as good.
+        let pages = match &self.pages {
+            Pages::Staying(pages) => {
+                // Nobody was faster, and if so, his page is as good.
+                drop(usize::try_from(page).ok().and_then(|p| pages.get(p)).map(|slot| slot.set(new)));
+                return;
+            }
+            Pages::Passing(pages) => pages,
+        };
+        let slot = |page: u64| usize::try_from(page).ok().and_then(|p| pages.get(p));
+        // As above.
         let Some(free) = slot(page).filter(|slot| slot.load().is_none()) else { return };
         state.page_bytes += new.weight();
         free.store(Some(new));

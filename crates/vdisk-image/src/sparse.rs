@@ -11,10 +11,10 @@ use crate::file_io::FileId;
 use crate::image::{Grain, Mapping};
 use crate::ledger::LedgerOf;
 use crate::link::DROP_TRACKING;
+use crate::resident::Pages;
 use crate::stream::Stream;
 use crate::table::{PAGE_ENTRIES, Page, Table, TableCopy};
 use crate::wait::locked;
-use arc_swap::ArcSwapOption;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -58,7 +58,7 @@ pub(crate) struct Sparse {
     pub(crate) unclean: bool,
     /// Length of the extent's file in bytes, as far as it is known to have grown.
     pub(crate) file_len: AtomicU64,
-    pub(crate) pages: Box<[ArcSwapOption<Page>]>,
+    pub(crate) pages: Pages,
     pub(crate) state: Mutex<State>,
     /// Where changes of entries are noted that no flush has made durable.
     pub(crate) ledger: Option<LedgerOf>,
@@ -186,7 +186,7 @@ impl Sparse {
             unclean: parts.unclean,
             stream: parts.stream,
             file_len: AtomicU64::new(file_len),
-            pages: (0..parts.tables.div_ceil(PAGE_ENTRIES)).map(|_| ArcSwapOption::empty()).collect(),
+            pages: Pages::new(parts.tables.div_ceil(PAGE_ENTRIES), 0),
             state: Mutex::new(State::default()),
             ledger: None,
             opened_len: file_len,
@@ -214,6 +214,7 @@ impl Sparse {
     /// Says how much memory tables and pages of the directory may take together. The last one that came stays in any case.
     pub(crate) fn set_memory(&mut self, bytes: usize) {
         self.page_memory = bytes / 4;
+        self.pages = Pages::new(self.pages.len() as u64, self.page_memory);
         self.table_memory = bytes - self.page_memory;
     }
 
@@ -251,20 +252,20 @@ impl Sparse {
                 0 => Ok(index.entry(offset / self.grain)),
                 grains => return Ok(parent(grains)),
             },
-            None => {
-                let enough = || (skip + asked).div_ceil(self.grain);
-                let look = |t: &Arc<Table>| match t.entry(entry).unwrap_or(0) {
-                    0 => (0, t.absent(entry, enough())),
-                    value => (value, 0),
-                };
-                match self.table(table, look) {
-                    Lookup::Table((_, grains @ 1..)) => return Ok(parent(grains)),
-                    Lookup::Table((value, 0)) => self.coding.grain(value).map_err(|e| (value, e)),
-                    // Somebody may make the table between the two looks: this grain was absent at the first one.
-                    Lookup::Absent => return Ok(parent(self.absent_from(table, entry, enough(), None).max(1))),
-                    Lookup::Need(meta) => return Ok(Mapping::NeedMeta(meta)),
+            None => match self.table(table, |t| t.entry(entry).unwrap_or(0)) {
+                Lookup::Table(value @ 1..) => self.coding.grain(value).map_err(|e| (value, e)),
+                Lookup::Need(meta) => return Ok(Mapping::NeedMeta(meta)),
+                // Somebody may make the grain or its table between the two looks: at the first one it was absent.
+                absent => {
+                    let enough = (skip + asked).div_ceil(self.grain);
+                    let grains = match (absent, self.table(table, |t| t.absent(entry, enough))) {
+                        (Lookup::Table(_), Lookup::Table(grains)) => grains,
+                        (Lookup::Absent, _) => self.absent_from(table, entry, enough, None),
+                        _ => 1,
+                    };
+                    return Ok(parent(grains.max(1)));
                 }
-            }
+            },
         };
         let corrupt = |what: String| {
             let what = format!("{}: entry {entry} of grain table {table} {what}", self.name);
@@ -303,21 +304,19 @@ impl Sparse {
 
     /// Looks at a table, if it is in memory or known not to exist.
     pub(crate) fn table<R>(&self, table: u64, look: impl FnOnce(&Arc<Table>) -> R) -> Lookup<R> {
-        // Without a count of who holds the page, which all queues would share.
-        let page = self.page_slot(table).map(|slot| slot.load());
-        let Some((page, index)) = page.as_ref().and_then(|p| Some((p.as_ref()?, index_in_page(table)))) else {
-            return Lookup::Need(MetaRef::Directory(table / PAGE_ENTRIES));
-        };
-        page.touch();
-        let Some(slot) = page.tables.get(index) else { return Lookup::Absent };
-        if let Some(t) = &*slot.load() {
-            t.touch();
-            return Lookup::Table(look(t));
-        }
-        match page.gd.get(index) {
-            None | Some(0) => Lookup::Absent,
-            Some(_) => Lookup::Need(MetaRef::Table(table)),
-        }
+        let index = index_in_page(table);
+        let answer = self.pages.look(page_of(table), |page| {
+            let Some(slot) = page.tables.get(index) else { return Lookup::Absent };
+            if let Some(t) = &*slot.load() {
+                t.touch();
+                return Lookup::Table(look(t));
+            }
+            match page.gd.get(index) {
+                None | Some(0) => Lookup::Absent,
+                Some(_) => Lookup::Need(MetaRef::Table(table)),
+            }
+        });
+        answer.unwrap_or(Lookup::Need(MetaRef::Directory(table / PAGE_ENTRIES)))
     }
 
     /// How many grains are absent from `entry` of `table` on, in tables that do not exist or lie in `hole`, a part of the file
@@ -358,11 +357,7 @@ impl Sparse {
 
     /// The loaded directory page of a table, and the table's index in it. The page stays in memory while it is held.
     pub(crate) fn page(&self, table: u64) -> Option<(Arc<Page>, usize)> {
-        Some((self.page_slot(table)?.load_full()?, index_in_page(table)))
-    }
-
-    fn page_slot(&self, table: u64) -> Option<&ArcSwapOption<Page>> {
-        self.pages.get(usize::try_from(table / PAGE_ENTRIES).ok()?)
+        Some((self.pages.get(page_of(table))?, index_in_page(table)))
     }
 
     /// Whether the file did not hold these bytes when it was opened, and we did not put them there.
@@ -467,6 +462,10 @@ impl Sparse {
             _ => TableCopy::Broken,
         }
     }
+}
+
+fn page_of(table: u64) -> usize {
+    size(table / PAGE_ENTRIES)
 }
 
 fn index_in_page(table: u64) -> usize {

@@ -97,6 +97,9 @@ pub(crate) struct Page {
 }
 
 impl Page {
+    /// What a page weighs for each of its entries at most: the widest ones, and a second directory.
+    pub(crate) const ENTRY_WEIGHT: usize = 2 * size_of::<u64>() + size_of::<ArcSwapOption<Table>>();
+
     pub(crate) fn new(gd: Entries, rgd: Entries) -> Self {
         let tables = (0..gd.len()).map(|_| ArcSwapOption::empty()).collect();
         Self { gd, rgd, tables, referenced: AtomicBool::new(true), changed: AtomicBool::new(false) }
