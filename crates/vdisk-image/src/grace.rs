@@ -40,7 +40,9 @@ struct Shard {
 #[must_use]
 pub(crate) struct Passage<'a> {
     grace: &'a Grace,
-    counter: &'a AtomicU64,
+    shard: &'a Shard,
+    /// Of the epoch: 0 or 1.
+    parity: usize,
 }
 
 /// A point in time that requests can be older than.
@@ -53,21 +55,25 @@ impl Grace {
         let shard = self.shards.get(shard()).unwrap_or(&self.shards[0]);
         loop {
             let epoch = self.epoch.load(Ordering::SeqCst);
-            let counter = &shard.under_way[usize::from(!epoch.is_multiple_of(2))];
-            counter.fetch_add(1, Ordering::SeqCst);
+            let parity = usize::from(!epoch.is_multiple_of(2));
+            shard.under_way[parity].fetch_add(1, Ordering::SeqCst);
+            let passage = Passage { grace: self, shard, parity };
             // Counted while the epoch was another one already, it would not be waited for.
             if self.epoch.load(Ordering::SeqCst) == epoch {
-                return Passage { grace: self, counter };
+                return passage;
             }
-            self.leave(counter);
         }
     }
 
-    fn leave(&self, counter: &AtomicU64) {
+    fn leave(&self, shard: &Shard, parity: usize) {
         // Who waits says so before it looks at the counters: either it sees this one, or it is seen here.
-        if counter.fetch_sub(1, Ordering::SeqCst) == 1 && self.waiting.load(Ordering::SeqCst) != 0 {
-            let wakers = locked(&self.waiters).take();
-            wake(wakers);
+        if shard.under_way[parity].fetch_sub(1, Ordering::SeqCst) == 1 && self.waiting.load(Ordering::SeqCst) != 0 {
+            // Of the current epoch nobody waits for the end: it has to be the last one first, and who makes it that looks again.
+            let epoch = self.epoch.load(Ordering::SeqCst);
+            if parity == usize::from(epoch.is_multiple_of(2)) {
+                let wakers = locked(&self.waiters).take();
+                wake(wakers);
+            }
         }
     }
 
@@ -114,7 +120,7 @@ impl Grace {
 
 impl Drop for Passage<'_> {
     fn drop(&mut self) {
-        self.grace.leave(self.counter);
+        self.grace.leave(self.shard, self.parity);
     }
 }
 

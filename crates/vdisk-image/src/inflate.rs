@@ -28,6 +28,9 @@ const WINDOW: u64 = 64 << 10;
 /// Grains of a request that are inflated together: each takes memory.
 const AT_ONCE: usize = 8;
 
+/// And of all requests: as many processors are rarely idle.
+const MOST: usize = 64;
+
 /// A compressed grain: where it is, and what it has to be.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Record {
@@ -124,6 +127,7 @@ impl Disk {
 
     /// The bytes of a grain of at most [`MAX_GRAIN`] bytes.
     async fn inflate_whole<I: FileIo>(&self, io: &I, file: FileId, record: &Record) -> Result<Vec<u8>, DiskError> {
+        let _place = Place::take(&self.places).await;
         let grain = record.grain_len();
         let mut bytes = Vec::new();
         let feed = async |mut fed: Fed| {
@@ -276,6 +280,40 @@ impl Drop for Claim<'_> {
     fn drop(&mut self) {
         let list = locked(self.inflating).remove(&self.key);
         wake(list.map(|mut l| l.take()).unwrap_or_default());
+    }
+}
+
+/// How many grains are being inflated, and who waits for that to become less.
+#[derive(Debug, Default)]
+pub(crate) struct Places {
+    taken: usize,
+    waiting: WaitList,
+}
+
+/// One of the [`MOST`] grains. Who has it waits for nobody but the host.
+struct Place<'a>(&'a Mutex<Places>);
+
+impl<'a> Place<'a> {
+    async fn take(places: &'a Mutex<Places>) -> Self {
+        until(places, |p| {
+            if p.taken == MOST {
+                return Err(&mut p.waiting);
+            }
+            p.taken += 1;
+            Ok(())
+        })
+        .await;
+        Self(places)
+    }
+}
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        let mut places = locked(self.0);
+        places.taken -= 1;
+        let wakers = places.waiting.take();
+        drop(places);
+        wake(wakers);
     }
 }
 

@@ -24,6 +24,9 @@ const AT_ONCE: usize = 32;
 /// And so many bytes: one piece may be many grains.
 const BYTES_AT_ONCE: u64 = 64 << 20;
 
+/// Runs of places that wait for the requests under way together.
+const MOST_FREED: usize = 1 << 14;
+
 /// A range of whole blocks of this size is one that no host refuses for its alignment.
 const BLOCK: u64 = 4096;
 
@@ -32,22 +35,32 @@ const ZEROES: u64 = 256 << 10;
 
 /// The beginning of what is to be zeroed.
 #[derive(Default)]
-struct Batch<'a> {
+struct Batch {
     /// Bytes of it.
     len: u64,
     /// What is zeroed where it is.
     runs: Runs,
-    /// Places, in runs, of grains that have no entry any more: (extent, byte offset in its file, bytes).
-    freed: Vec<(&'a Sparse, u64, u64)>,
     /// Grains whose cached bytes will be wrong.
     stale: Vec<GrainKey>,
 }
 
-impl<'a> Batch<'a> {
-    fn push_freed(&mut self, extent: &'a Sparse, at: u64) {
-        match self.freed.last_mut() {
-            Some((last, from, len)) if std::ptr::eq(*last, extent) && *from + *len == at => *len += extent.grain,
-            _ => self.freed.push((extent, at, extent.grain)),
+/// Places, in runs, of grains that have no entry any more.
+#[derive(Default)]
+struct Freed<'a>(Vec<FreedRun<'a>>);
+
+struct FreedRun<'a> {
+    extent: &'a Sparse,
+    /// Byte offset in its file.
+    at: u64,
+    len: u64,
+}
+
+impl<'a> Freed<'a> {
+    fn push(&mut self, extent: &'a Sparse, at: u64) {
+        let len = extent.grain;
+        match self.0.last_mut() {
+            Some(r) if std::ptr::eq(r.extent, extent) && r.at + r.len == at && r.len < BYTES_AT_ONCE => r.len += len,
+            _ => self.0.push(FreedRun { extent, at, len }),
         }
     }
 }
@@ -78,28 +91,41 @@ impl Disk {
     }
 
     async fn zero<I: FileIo>(&self, io: &I, offset: u64, len: u64, how: Zeroing) -> Result<(), DiskError> {
-        let mut done = 0;
+        let (mut done, mut freed) = (0, Freed::default());
         while done < len {
-            let mut batch = Batch::default();
-            let passage = self.grace.enter();
-            // Up to a multiple, which splits no grain.
-            let enough = len.min((offset + done + BYTES_AT_ONCE) / BYTES_AT_ONCE * BYTES_AT_ONCE - offset) - done;
-            let planned = self.plan_zero(io, offset + done, enough, how, &mut batch).await;
-            let results = join_all(batch.runs.iter().map(|run| self.zero_run(io, run, how))).await;
-            for run in &batch.runs {
-                self.mark_dirty(run.file);
+            let zeroed = self.zero_some(io, offset + done, len - done, how, &mut freed).await;
+            if zeroed.is_err() || freed.0.len() >= MOST_FREED {
+                self.empty(io, std::mem::take(&mut freed)).await?;
             }
-            for &key in &batch.stale {
-                self.cache.forget(key);
-            }
-            drop(passage);
-            let emptied = self.empty(io, &batch.freed).await;
-            planned?;
-            results.into_iter().collect::<Result<Vec<_>, _>>()?;
-            emptied?;
-            done += batch.len;
+            done += zeroed?;
         }
-        Ok(())
+        self.empty(io, freed).await
+    }
+
+    /// Zeroes the beginning of a range, as far as it is not freed only. How much of it.
+    async fn zero_some<'a, I: FileIo>(
+        &'a self,
+        io: &I,
+        offset: u64,
+        len: u64,
+        how: Zeroing,
+        freed: &mut Freed<'a>,
+    ) -> Result<u64, DiskError> {
+        let mut batch = Batch::default();
+        let _passage = self.grace.enter();
+        // Up to a multiple, which splits no grain.
+        let enough = len.min((offset + BYTES_AT_ONCE) / BYTES_AT_ONCE * BYTES_AT_ONCE - offset);
+        let planned = self.plan_zero(io, offset, enough, how, &mut batch, freed).await;
+        let results = join_all(batch.runs.iter().map(|run| self.zero_run(io, run, how))).await;
+        for run in &batch.runs {
+            self.mark_dirty(run.file);
+        }
+        for key in batch.stale {
+            self.cache.forget(key);
+        }
+        planned?;
+        results.into_iter().collect::<Result<Vec<_>, _>>()?;
+        Ok(batch.len)
     }
 
     /// Plans the beginning of a range, and takes the entries of whole grains away. What the batch has is to be done even after an
@@ -110,9 +136,10 @@ impl Disk {
         offset: u64,
         len: u64,
         how: Zeroing,
-        batch: &mut Batch<'a>,
+        batch: &mut Batch,
+        freed: &mut Freed<'a>,
     ) -> Result<(), DiskError> {
-        while batch.len < len && batch.runs.len() + batch.freed.len() < AT_ONCE {
+        while batch.len < len && batch.runs.len() < AT_ONCE {
             let (offset, len) = (offset + batch.len, len - batch.len);
             let place = self.chain.top.locate(offset, len)?;
             place.check_writable()?;
@@ -140,7 +167,7 @@ impl Disk {
                 }
                 Mapping::Data { file, offset: at, len, grain } => {
                     match self.covers_grain(place, len, how) {
-                        Some(extent) if self.free(io, extent, place.offset, at).await? => batch.push_freed(extent, at),
+                        Some(extent) if self.free(io, extent, place.offset, at).await? => freed.push(extent, at),
                         _ => {
                             batch.stale.extend(grain.map(|g| (file, g.start)));
                             push(&mut batch.runs, Run { file, at, start: batch.len, len, grain });
@@ -179,24 +206,31 @@ impl Disk {
         }
     }
 
-    /// Makes holes of places that no entry names any more, when no request is at them, and hands them on to be used again.
-    async fn empty<I: FileIo>(&self, io: &I, freed: &[(&Sparse, u64, u64)]) -> Result<(), DiskError> {
-        if freed.is_empty() {
+    /// Makes holes of places that no entry names any more, when no request is at them, and hands them on to be used again. Whoever calls
+    /// this is not under way itself.
+    async fn empty<I: FileIo>(&self, io: &I, freed: Freed<'_>) -> Result<(), DiskError> {
+        if freed.0.is_empty() {
             return Ok(());
         }
         self.grace.all_left().await;
         // What is in the cache by now is the last of it: nobody looks for these places any more.
-        for &(extent, at, len) in freed {
-            (at..at + len).step_by(size(extent.grain)).for_each(|grain| self.cache.forget((extent.file, grain)));
+        for r in &freed.0 {
+            let grains = (r.at..r.at + r.len).step_by(size(r.extent.grain));
+            grains.for_each(|grain| self.cache.forget((r.extent.file, grain)));
         }
-        let punch = async |&(extent, at, len): &(&Sparse, u64, u64)| {
+        let punch = async |&FreedRun { extent, at, len }: &FreedRun<'_>| {
             let run = Run { file: extent.file, at, start: 0, len, grain: None };
             // Nobody sees what is there: a host that cannot punch need not write zeroes.
             let punched = self.zero_run(io, &run, Zeroing::Discard).await;
             extent.freed(vec![free::Place { at, len, zeroed: matches!(punched, Ok(true)) }]);
             punched.map(drop)
         };
-        join_all(freed.iter().map(punch)).await.into_iter().collect()
+        let mut result = Ok(());
+        for some in freed.0.chunks(AT_ONCE) {
+            let punched = join_all(some.iter().map(punch)).await;
+            result = result.and(punched.into_iter().collect());
+        }
+        result
     }
 
     /// Whether the run is a hole now.
