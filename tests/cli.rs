@@ -322,3 +322,9 @@ fn an_image_in_use_is_refused_to_a_second_writer() {
     server.stop("-TERM");
     assert!(!Path::new(&scratch.path("t")).exists());
 }
+
+#[test]
+fn recover_of_a_device_that_is_not_ours_says_so() {
+    let said = failure(&["recover", "/dev/ublkb999"], 1);
+    assert!(said.starts_with("vdisk: recover /dev/ublkb999: is no device of vdisk"), "{said}");
+}

@@ -1,9 +1,10 @@
 //! `vdisk attach`: the command that starts the serving process and waits until it reports.
 
 use std::env;
+use std::ffi::OsString;
 use std::io::{self, BufRead, BufReader, IsTerminal, Write};
 use std::os::unix::process::CommandExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -11,12 +12,16 @@ use std::time::{Duration, Instant};
 use crate::failure::{Exit, Failure, Result};
 use crate::options::{DirectIo, ImageOptions, ZeroCopy};
 use crate::report::{RECEIPT, Report};
+use crate::resume::Resume;
 use crate::state::StateDir;
 use crate::transport::{Choice, DeviceOptions};
 use crate::{partitions, server};
 
 /// Serve an image as a block device from a background process, and print the device
-#[derive(Debug, clap::Args)]
+///
+/// If a device of this image waits for another server, its own having died, that device is taken over with these options: started again
+/// by a service manager, the same command goes on where it was killed.
+#[derive(Clone, Debug, clap::Args)]
 #[command(after_help = "Example:\n  dev=$(sudo vdisk attach disk.vmdk) && sudo mount \"${dev}p1\" /mnt")]
 pub(crate) struct Args {
     #[command(flatten)]
@@ -43,8 +48,14 @@ pub(crate) struct Args {
 }
 
 impl Args {
-    pub(crate) fn device_options(&self) -> DeviceOptions {
-        DeviceOptions { queues: self.queues, depth: self.depth, zero_copy: self.zero_copy }
+    pub(crate) fn device_options(&self, resume: &Resume) -> DeviceOptions {
+        DeviceOptions {
+            queues: self.queues,
+            depth: self.depth,
+            zero_copy: self.zero_copy,
+            recoverable: resume.impossible.is_none(),
+            cookie: resume.cookie,
+        }
     }
 }
 
@@ -53,17 +64,31 @@ pub(crate) fn run(args: &Args, verbose: bool, ready_pipe: bool) -> Result<()> {
         return Err(Failure::new("needs root (to make a block device): use sudo, or vdisk serve"));
     }
     if args.foreground || ready_pipe {
-        return server::run(args, verbose, ready_pipe);
+        return server::run(args, None, verbose, ready_pipe);
     }
-    let mut child = spawn().map_err(|e| Failure::doing("start the serving process", &e))?;
+    in_background()
+}
+
+/// Has this very command run again as the background process, and prints the device that it serves.
+pub(crate) fn in_background() -> Result<()> {
+    let device = background(env::args_os().skip(1), |device, notices| {
+        notices.iter().for_each(|text| crate::notice(text));
+        crate::print_all(&format!("{}\n", device.display()))
+    })?;
+    show_partitions(&device);
+    Ok(())
+}
+
+/// Has a command run as a background process that serves a device, and waits for that. `tell` makes the device known.
+pub(crate) fn background(
+    command: impl IntoIterator<Item = OsString>,
+    tell: impl FnOnce(&Path, &[String]) -> Result<()>,
+) -> Result<PathBuf> {
+    let mut child = spawn(command).map_err(|e| Failure::doing("start the serving process", &e))?;
     match await_report(&mut child)? {
         Report::Ready { device, notices } => {
-            for text in notices {
-                crate::notice(&text);
-            }
             let receipt = child.stdin.take();
-            let printed = crate::print_all(&format!("{}\n", device.display()));
-            if let Err(failure) = printed {
+            if let Err(failure) = tell(&device, &notices) {
                 // Without the receipt the process takes the device away.
                 drop(receipt);
                 return Err(after_end(&mut child, failure));
@@ -72,8 +97,7 @@ pub(crate) fn run(args: &Args, verbose: bool, ready_pipe: bool) -> Result<()> {
                 // Fails if the process was ended already: `list` tells.
                 let _ = pipe.write_all(RECEIPT);
             }
-            show_partitions(&device);
-            Ok(())
+            Ok(device)
         }
         Report::Failed { no_transport, text } => {
             let exit = if no_transport { Exit::NoTransport } else { Exit::Failed };
@@ -106,11 +130,11 @@ fn ended(child: &mut Child, limit: Duration) -> Option<ExitStatus> {
 }
 
 /// Starts this very program again, which opens everything itself: a process that forked has threads and rings to lose.
-fn spawn() -> io::Result<Child> {
+fn spawn(command: impl IntoIterator<Item = OsString>) -> io::Result<Child> {
     Command::new("/proc/self/exe")
         .arg0("vdisk")
         .arg("--ready-pipe")
-        .args(env::args_os().skip(1))
+        .args(command)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
         .stderr(Stdio::null())

@@ -1,8 +1,6 @@
 //! `vdisk compact`: what an image does not need is given back to the host.
 
 use std::io;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use serde::Serialize;
 use vdisk_image::{CompactWatch, Compacted};
@@ -12,6 +10,7 @@ use crate::failure::{Failure, Result, one_line};
 use crate::open::Opened;
 use crate::options::LookOptions;
 use crate::progress::Progress;
+use crate::signals::{self, Stop};
 use crate::size::human;
 
 /// Give unused space of an image back to the host, in place
@@ -58,7 +57,7 @@ struct FileReport {
 
 struct Watch {
     bar: Progress,
-    stop: Arc<AtomicBool>,
+    stop: Stop,
 }
 
 impl CompactWatch for Watch {
@@ -67,17 +66,16 @@ impl CompactWatch for Watch {
     }
 
     fn is_stopped(&self) -> bool {
-        self.stop.load(Ordering::Relaxed)
+        self.stop.is_given()
     }
 }
 
 pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     crate::logging::to_stderr(verbose);
-    let stop = Arc::new(AtomicBool::new(false));
+    let stop = Stop::default();
     if !args.dry_run {
-        let held = crate::signals::hold(false).map_err(|e| Failure::doing("hold signals", &e))?;
-        let stop = Arc::clone(&stop);
-        held.on_end(move || stop.store(true, Ordering::Relaxed)).map_err(|e| Failure::doing("wait for signals", &e))?;
+        let held = signals::hold(false).map_err(|e| Failure::doing("hold signals", &e))?;
+        held.on_end(stop.clone()).map_err(|e| Failure::doing("wait for signals", &e))?;
     }
     let image = Opened::open_to_compact(&args.image)?;
     if let Some((_, device)) = image.files.iter().find(|(_, f)| f.is_writable() && f.dev_and_ino().is_none()) {

@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::mpsc::{self, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -12,10 +13,14 @@ use rustix::fs::OFlags;
 use crate::failure::{Failure, Result};
 use crate::in_use::Tree;
 use crate::location::Location;
+use crate::overlay::Overlay;
 use crate::process::Process;
+use crate::recover;
 use crate::state::{Books, State, StateDir};
 
 /// Remove a device once it is flushed and its image closed
+///
+/// A device that waits for another server, its own having died, is served again first: what was written to it is not lost.
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example:\n  sudo vdisk detach /dev/ublkb0")]
 pub(crate) struct Args {
@@ -25,7 +30,7 @@ pub(crate) struct Args {
     /// Every device of vdisk
     #[arg(long)]
     all: bool,
-    /// Even while it is mounted or held; end a server that does not answer
+    /// Even while it is mounted or held; end a server that does not answer, and fail what waits for a dead one
     #[arg(long)]
     force: bool,
 }
@@ -89,7 +94,7 @@ fn find(what: &Path, states: Vec<State>) -> Result<State> {
 }
 
 /// The device that a path is a partition of.
-fn whole_of(device: &Path) -> Option<PathBuf> {
+pub(crate) fn whole_of(device: &Path) -> Option<PathBuf> {
     let partition = fs::canonicalize(Path::new("/sys/class/block").join(device.file_name()?)).ok()?;
     let whole = partition.join("partition").exists().then(|| partition.parent()?.file_name().map(PathBuf::from))?;
     Some(Path::new("/dev").join(whole?))
@@ -97,17 +102,25 @@ fn whole_of(device: &Path) -> Option<PathBuf> {
 
 fn detach(dir: &StateDir, state: State, force: bool) -> Result<()> {
     let Some(server) = state.process()? else { return detach_dead(dir, &state, force) };
+    if state.resume.taking_over && !force {
+        // Nobody answers yet what would be asked of it here.
+        return Err(
+            Failure::new(format!("pid {} is taking it over", state.pid)).hint("try again when vdisk list says live")
+        );
+    }
     // Held until the server has gone, so that nobody mounts it in between.
     let claim = if force { None } else { claim(&state)? };
     // Nobody else has it open: what was written to it and not flushed waits in its page cache. The kernel writes it when a device
     // is closed, or taken away, but a loop device's server would be gone by then. A poisoned image takes none of it, now or later.
-    let flushed = claim.as_ref().map(File::sync_all);
-    if let Some(Err(e)) = flushed
-        && !is_poisoned(dir, &state)
-    {
-        let failure = Failure::doing(format_args!("flush {}", state.device.display()), &e);
-        return Err(failure.hint(format_args!("{}; --force detaches it all the same", log_of(&state))));
-    }
+    let claim = match claim.map(|claim| flush(claim, &server)).transpose() {
+        Ok(flushed) => flushed,
+        Err(Unflushed::Dead) => return detach_dead(dir, &state, force),
+        Err(Unflushed::Failed(claim, _)) if is_poisoned(dir, &state) => Some(claim),
+        Err(Unflushed::Failed(_, e)) => {
+            let failure = Failure::doing(format_args!("flush {}", state.device.display()), &e);
+            return Err(failure.hint(format_args!("{}; --force detaches it all the same", log_of(&state))));
+        }
+    };
     server.terminate().map_err(|e| Failure::doing(format_args!("stop pid {}", state.pid), &e))?;
     let end = wait(&server, &state, force).map_err(|e| Failure::doing("wait for the server", &e))?;
     drop(claim);
@@ -149,6 +162,34 @@ fn detach(dir: &StateDir, state: State, force: bool) -> Result<()> {
     }
 }
 
+/// Why what was written to a device is not flushed.
+enum Unflushed {
+    Failed(File, io::Error),
+    /// Its server has died meanwhile.
+    Dead,
+}
+
+/// Flushes a device, for as long as it has a server: without one the flush waits for the next, and nobody else may be about to start
+/// that.
+fn flush(device: File, server: &Process) -> std::result::Result<File, Unflushed> {
+    let (tell, told) = mpsc::channel();
+    thread::spawn(move || {
+        let flushed = device.sync_all();
+        let _ = tell.send((device, flushed));
+    });
+    loop {
+        match told.recv_timeout(Duration::from_millis(50)) {
+            Ok((device, Ok(()))) => return Ok(device),
+            Ok((device, Err(e))) => return Err(Unflushed::Failed(device, e)),
+            Err(RecvTimeoutError::Disconnected) => return Err(Unflushed::Dead),
+            Err(RecvTimeoutError::Timeout) if server.wait(Duration::ZERO).unwrap_or(false) => {
+                return Err(Unflushed::Dead);
+            }
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+    }
+}
+
 /// Whether the image is poisoned, now that a flush of the device has failed. Its server enters that in the books a moment after it has
 /// answered the flush.
 fn is_poisoned(dir: &StateDir, state: &State) -> bool {
@@ -165,24 +206,66 @@ fn is_poisoned(dir: &StateDir, state: &State) -> bool {
     }
 }
 
-/// The server is dead; the device may still be there.
+/// The server is dead; the device may still be there, and wait for another server.
 fn detach_dead(dir: &StateDir, state: &State, force: bool) -> Result<()> {
     let books = dir.lock()?;
-    // Somebody else was faster, and the device may be another's by now.
-    let Some(state) = books.reread(state) else { return Ok(()) };
+    let Some(state) = books.reread(state) else {
+        drop(books);
+        // Somebody else was faster: the device is gone, and its number may be another's, or it has another server.
+        let next = dir.list()?.into_iter().find(|s| s.device == state.device && s.resume.cookie == state.resume.cookie);
+        return next.map_or(Ok(()), |state| detach(dir, state, force));
+    };
+    let waits = state.transport.is_waiting(&state)?;
     // Looked up without opening the device: an open could hang, as nobody answers.
-    let users = Tree::of_state(&state).lasting_users();
+    let tree = Tree::of_state(&state);
+    let mut users = tree.lasting_users();
+    if waits {
+        users.extend(tree.openers(state.pid));
+    }
     if !users.is_empty() && !force {
         let text = format!("its server (pid {}) is dead, and {}", state.pid, users.join(", "));
-        return Err(Failure::new(text).hint("unmount it, or use --force"));
+        let device = state.device.display();
+        return Err(match waits {
+            true => Failure::new(text)
+                .hint(format_args!("vdisk recover {device} lets whoever uses it go on; --force has what waits fail")),
+            false => Failure::new(text).hint("unmount it, or use --force"),
+        });
+    }
+    if waits && !force {
+        // What is written to it may wait in the kernel, for somebody who has closed it already.
+        drop(books);
+        return detach_served(dir, &recover::go_on(&state)?);
     }
     clear(&books, &state)?;
+    drop(books);
+    close_image(&state);
     match &state.error {
         Some(error) => Err(Failure::new(format!("its server failed: {error}")).hint(log_of(&state))),
         None => {
             crate::logging::discard(&state.log);
             Ok(())
         }
+    }
+}
+
+/// Detaches a device that was dead and is served now.
+fn detach_served(dir: &StateDir, device: &Path) -> Result<()> {
+    let served = dir.list()?.into_iter().find(|state| state.device == device);
+    match served {
+        Some(state) if state.process()?.is_some() => detach(dir, state, false),
+        _ => Err(Failure::new("its next server died as well").hint("try again, or use --force")),
+    }
+}
+
+/// Puts into the image what its dead server has left. The device is gone, whether that succeeds or not.
+fn close_image(state: &State) {
+    let options = &state.resume.image;
+    if state.read_only || options.overlay == Some(Overlay::Temporary) {
+        return;
+    }
+    if let Err(failure) = recover::close_image(options, true) {
+        let image = &state.image;
+        crate::notice(&format!("{image}: what was not flushed is not in it yet: {failure}: vdisk recover {image}"));
     }
 }
 

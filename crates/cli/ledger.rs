@@ -144,6 +144,11 @@ impl Opened {
         Ok(())
     }
 
+    /// Whether what a killed server has left does not fit this image any more.
+    pub(crate) fn is_ledger_lost(&self) -> bool {
+        path(&self.files).and_then(|path| existing(&path)).is_some_and(|memory| self.disk.is_lost(memory))
+    }
+
     /// Refuses what is not to happen before everything that was acknowledged is in the image.
     pub(crate) fn check_recovered(&self) -> Result<()> {
         self.check_others()?;

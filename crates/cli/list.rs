@@ -26,7 +26,8 @@ struct Entry<'a> {
     size: u64,
     read_only: bool,
     pid: u32,
-    /// `live`, `dead`, `poisoned` (a sync failed: nothing more is written), or `starting`: the device is there but cannot be used yet.
+    /// `live`, `dead`, `poisoned` (a sync failed: nothing more is written), `starting`: the device is there but cannot be used yet, or
+    /// `recovering`: another server takes it over.
     state: &'static str,
     /// Why it is dead or poisoned, if its process could say.
     error: Option<&'a str>,

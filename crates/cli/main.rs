@@ -31,12 +31,14 @@ mod progress;
 mod recover;
 mod repair;
 mod report;
+mod resume;
 mod serve;
 mod serve_fuse;
 mod serve_nbd;
 mod serve_ublk;
 mod server;
 mod service;
+mod session;
 mod signals;
 mod size;
 mod state;
@@ -57,7 +59,7 @@ struct Cli {
     /// Log more (also by VDISK_LOG=debug)
     #[arg(short, long, global = true)]
     verbose: bool,
-    /// This is the background process of `attach`; its stdout is the pipe on which it reports.
+    /// This is the background process of `attach` or `recover`; its stdout is the pipe on which it reports.
     #[arg(long, hide = true)]
     ready_pipe: bool,
     #[command(subcommand)]
@@ -90,9 +92,8 @@ fn main() -> ExitCode {
         Verb::Info(args) => {
             info::run(args, cli.verbose).map_err(|e| (format!("info {}", args.image.image.display()), e))
         }
-        Verb::Recover(args) => {
-            recover::run(args, cli.verbose).map_err(|e| (format!("recover {}", args.image.display()), e))
-        }
+        Verb::Recover(args) => recover::run(args, cli.verbose, cli.ready_pipe)
+            .map_err(|e| (format!("recover {}", args.image.display()), e)),
         Verb::Check(args) => {
             check::run(args, cli.verbose).map_err(|e| (format!("check {}", args.image.image.display()), e))
         }

@@ -4,6 +4,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use vdisk_image::{Disk, DiskError, ErrorKind, Fault, FileId, FileIo, Flags, Geometry, Info, Op, OpenOptions, Request};
 use vdisk_io::{BlockingIo, FileSet, HostFiles, OpenMode, block_on};
@@ -12,7 +14,11 @@ use crate::failure::{Failure, Result, chain};
 use crate::location::Location;
 use crate::options::{DirectIo, FormatChoice, ImageOptions, LookOptions, Zeroout};
 use crate::overlay::{self, Overlay};
+use crate::resume;
 use crate::state::{State, StateDir};
+
+/// How long the last I/O of a server that was killed may take.
+const LAST_IO: Duration = Duration::from_secs(30);
 
 /// An image that is open and locked.
 pub(crate) struct Opened {
@@ -77,6 +83,23 @@ impl Opened {
         }
     }
 
+    /// Opens an image that a server which was killed may have locked until its last I/O is over: `is_dying` says whether.
+    pub(crate) fn open_after(
+        options: &ImageOptions,
+        direct: DirectIo,
+        is_dying: impl Fn() -> bool,
+    ) -> Result<Self, OpenFailure> {
+        let deadline = Instant::now() + LAST_IO;
+        loop {
+            match Self::open(options, direct) {
+                Err(failure) if failure.busy && Instant::now() < deadline && is_dying() => {
+                    thread::sleep(Duration::from_millis(50));
+                }
+                opened => return opened,
+            }
+        }
+    }
+
     /// Opens an image to say what it is, and passes its notices on. To `examine` is to go on without a parent that is not there.
     pub(crate) fn open_to_look(options: &LookOptions, examine: bool) -> Result<Self, OpenFailure> {
         // Unlocked: also of an image that is attached.
@@ -127,9 +150,9 @@ impl Opened {
 
     fn open_alone(options: &LookOptions, how: &OpenOptions) -> Result<Result<Self, Unopened>> {
         let mode = OpenMode { writable: true, trust_paths: options.trust_paths, ..OpenMode::default() };
+        let changed = options.overlay.as_ref().unwrap_or(&options.image);
+        let real = fs::canonicalize(changed).unwrap_or_else(|_| changed.clone());
         let opened = Self::look_as(options, mode, how).map_err(|failure| {
-            let changed = options.overlay.as_ref().unwrap_or(&options.image);
-            let real = fs::canonicalize(changed).unwrap_or_else(|_| changed.clone());
             let hint = match failure.hint {
                 _ if failure.busy => Some("end the other process first"),
                 // These verbs have no such option.
@@ -138,6 +161,7 @@ impl Opened {
             };
             OpenFailure { hint, ..failure }.naming(&StateDir::host().list().unwrap_or_default(), &real, "")
         })?;
+        resume::refuse_waiting(&real)?;
         if let Ok(opened) = &opened {
             opened.check_recovered()?;
         }
@@ -164,6 +188,11 @@ impl Opened {
         let base = image.open_as_base(&files).map_err(|e| OpenFailure::host(image.path(), e))?;
         let disk = block_on(Disk::open_overlay(&files, id, base, &name, how));
         Ok(Self::of(files, disk).map_err(|e| Unopened(e, overlay.clone())))
+    }
+
+    /// The files that changes go to, by device and inode. Block devices have no such name.
+    pub(crate) fn written_files(&self) -> Vec<(u64, u64)> {
+        self.files.iter().filter(|(_, file)| file.is_writable()).filter_map(|(_, file)| file.dev_and_ino()).collect()
     }
 
     fn of(files: HostFiles, disk: Result<Disk, DiskError>) -> Result<Self, DiskError> {

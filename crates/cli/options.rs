@@ -3,15 +3,17 @@
 use std::path::PathBuf;
 
 use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 use vdisk_image::Format;
 
 use crate::overlay::Overlay;
 use crate::size;
 
-/// Which image, and how to open it.
-#[derive(Debug, clap::Args)]
+/// Which image, and how to open it. Kept in the books for the next server of its device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, clap::Args)]
 pub(crate) struct ImageOptions {
     /// The image: a VMDK (its descriptor, or its only file), a raw disk, or an appliance (`box.ova`, `box.ova:disk1.vmdk`)
+    #[serde(with = "crate::resume::path")]
     pub(crate) image: PathBuf,
     /// Refuse every change
     #[arg(short, long)]
@@ -75,7 +77,8 @@ pub(crate) struct LookOptions {
 }
 
 /// `--format`
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum FormatChoice {
     Auto,
     Raw,
@@ -94,7 +97,8 @@ impl FormatChoice {
 }
 
 /// `--direct-io`
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum DirectIo {
     Auto,
     On,
@@ -109,7 +113,8 @@ pub(crate) enum ZeroCopy {
 }
 
 /// `--zeroout`
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum Zeroout {
     Keep,
     Unmap,

@@ -8,6 +8,7 @@ use std::str::FromStr;
 
 use rustix::fs::{CWD, RenameFlags, renameat_with};
 use rustix::io::Errno;
+use serde::{Deserialize, Serialize};
 use vdisk_image::{ContentId, Info, NO_CONTENT_ID, NewImage};
 
 use crate::failure::{Failure, Result, chain};
@@ -17,12 +18,13 @@ use crate::location::Location;
 pub(crate) const TEMPORARY_BASE: &str = "base";
 
 /// Where changes go.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub(crate) enum Overlay {
     /// To a file that nobody sees, which is gone when the image is closed.
     Temporary,
     /// To this VMDK, which is made if it is not there.
-    File(PathBuf),
+    File(#[serde(with = "crate::resume::path")] PathBuf),
 }
 
 impl FromStr for Overlay {

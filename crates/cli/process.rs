@@ -40,7 +40,8 @@ impl Process {
         let Some(number) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(None) };
         let pidfd = match pidfd_open(number, PidfdFlags::empty()) {
             Ok(pidfd) => pidfd,
-            Err(rustix::io::Errno::SRCH) => return Ok(None),
+            // The latter two: it has been the leader of a session that still has a child of its.
+            Err(rustix::io::Errno::SRCH | rustix::io::Errno::INVAL | rustix::io::Errno::NOENT) => return Ok(None),
             Err(e) => return Err(e.into()),
         };
         // The number cannot be given to another process any more: now look whose it is.
@@ -50,6 +51,11 @@ impl Process {
     /// Asks it to drain, flush and exit.
     pub(crate) fn terminate(&self) -> io::Result<()> {
         self.signal(Signal::TERM)
+    }
+
+    /// Asks it to let go of its device, flush and exit.
+    pub(crate) fn let_go(&self) -> io::Result<()> {
+        self.signal(Signal::USR1)
     }
 
     /// Ends it at once.

@@ -6,7 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use crate::failure::{Failure, Result};
-use crate::open::Opened;
+use crate::open::{Opened, real_path};
 use crate::options::{DirectIo, ImageOptions};
 use crate::signals::{self, Stop};
 use crate::{logging, serve_fuse, serve_nbd};
@@ -41,10 +41,12 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     let held = signals::hold(false).map_err(|e| Failure::doing("block signals", &e))?;
     logging::to_stderr(verbose);
     let mut image = Opened::open(&args.image, DirectIo::Off)?;
+    if !args.image.read_only {
+        crate::resume::refuse_waiting(&real_path(&args.image)?)?;
+    }
     let taken_over = image.keep_ledger(&args.image)?;
     let stop = Stop::default();
-    let given = stop.clone();
-    held.on_end(move || given.give()).map_err(|e| Failure::doing("start a thread", &e))?;
+    held.on_end(stop.clone()).map_err(|e| Failure::doing("start a thread", &e))?;
     let ready = |where_to_find_it: &[String]| {
         for place in where_to_find_it {
             let _ = writeln!(io::stderr(), "vdisk: {place}");

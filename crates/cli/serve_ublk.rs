@@ -4,15 +4,18 @@ use std::sync::Arc;
 use std::thread;
 use std::time::{Duration, Instant};
 
+use vdisk_ublk::{Added, Device};
+
 use crate::failure::{Failure, Result, chain};
 use crate::open::Opened;
 use crate::options::ZeroCopy;
 use crate::signals::Stop;
 use crate::state::State;
-use crate::transport::{Callbacks, DeviceOptions, ServeFailure};
+use crate::transport::{Callbacks, DeviceOptions, End, ServeFailure};
 
-/// How long the driver may take to notice that a server is dead.
-const NOTICING: Duration = Duration::from_secs(10);
+/// How long the driver may take to notice that a server is dead. Before Linux 6.15 that may be the time-out of a request, 30 s.
+const NOTICING: Duration = Duration::from_secs(90);
+const STEP: Duration = Duration::from_millis(100);
 
 /// Why not, if not.
 pub(crate) fn available() -> Result<(), String> {
@@ -24,40 +27,101 @@ pub(crate) fn serve(
     options: DeviceOptions,
     callbacks: Callbacks,
     stop: &Stop,
-) -> Result<(), ServeFailure> {
-    let device_stop = vdisk_ublk::Stop::new();
-    let armed = device_stop.clone();
-    stop.arm(move || armed.trigger());
+) -> Result<End, ServeFailure> {
     let zero_copy = match options.zero_copy {
         ZeroCopy::Auto => vdisk_ublk::ZeroCopy::Auto,
         ZeroCopy::Off => vdisk_ublk::ZeroCopy::Off,
     };
-    let options = vdisk_ublk::Options { queues: options.queues, depth: options.depth, zero_copy, ..Default::default() };
+    let options = vdisk_ublk::Options {
+        queues: options.queues,
+        depth: options.depth,
+        zero_copy,
+        recoverable: options.recoverable,
+        cookie: options.cookie,
+        ..Default::default()
+    };
     let (disk, files) = (Arc::clone(&image.disk), Arc::clone(&image.files));
-    let added = |device: &vdisk_ublk::Added| (callbacks.added)(&device.path);
-    let ready = |device: &vdisk_ublk::Device| (callbacks.ready)(&device.path, Vec::new());
-    vdisk_ublk::serve(disk, files, &options, added, ready, device_stop).map_err(|e| ServeFailure {
-        failure: Failure::from_error(&e),
-        device_may_live: e.device_may_live(),
-        device_gone: !e.device_may_exist(),
-    })
+    let added = |device: &Added| (callbacks.added)(&device.path);
+    let ready = |device: &Device| (callbacks.ready)(&device.path, Vec::new());
+    ended(vdisk_ublk::serve(disk, files, &options, added, ready, armed(stop)))
+}
+
+/// Goes on with a device that waits.
+pub(crate) fn take_over(image: &Opened, id: u32, callbacks: Callbacks, stop: &Stop) -> Result<End, ServeFailure> {
+    let (disk, files) = (Arc::clone(&image.disk), Arc::clone(&image.files));
+    let begin = |device: &Added| (callbacks.added)(&device.path);
+    let ready = |device: &Device| (callbacks.ready)(&device.path, Vec::new());
+    ended(vdisk_ublk::take_over(disk, files, id, begin, ready, armed(stop)))
+}
+
+fn armed(stop: &Stop) -> vdisk_ublk::Stop {
+    let device_stop = vdisk_ublk::Stop::new();
+    let (to_stop, to_let_go) = (device_stop.clone(), device_stop.clone());
+    stop.arm(move || to_stop.trigger());
+    stop.arm_let_go(move || to_let_go.let_go());
+    device_stop
+}
+
+fn ended(result: Result<vdisk_ublk::End, vdisk_ublk::Error>) -> Result<End, ServeFailure> {
+    match result {
+        Ok(vdisk_ublk::End::Gone) => Ok(End::Gone),
+        Ok(vdisk_ublk::End::LetGo) => Ok(End::LetGo),
+        Err(e) => Err(ServeFailure {
+            failure: Failure::from_error(&e),
+            device_may_live: e.device_may_live(),
+            device_gone: !e.device_may_exist(),
+        }),
+    }
+}
+
+/// What the driver says of a device in the books, if it still is the same.
+fn status(id: u32, state: &State) -> Result<Option<vdisk_ublk::Status>> {
+    match vdisk_ublk::status(id) {
+        Ok(status) => Ok(status.filter(|s| s.cookie == state.resume.cookie)),
+        // Without the driver there is no device either.
+        Err(vdisk_ublk::Error::Unavailable(vdisk_ublk::Unavailable::NoDriver)) => Ok(None),
+        Err(e) => Err(Failure::from_error(&e)),
+    }
+}
+
+/// Whether the device waits for another server, its own being dead.
+pub(crate) fn is_waiting(id: u32, state: &State) -> Result<bool> {
+    if state.device_gone {
+        return Ok(false);
+    }
+    let deadline = Instant::now() + NOTICING;
+    loop {
+        match status(id, state)?.map(|s| s.state) {
+            Some(vdisk_ublk::State::Quiesced) => return Ok(true),
+            Some(vdisk_ublk::State::Live) if Instant::now() < deadline => thread::sleep(STEP),
+            Some(vdisk_ublk::State::Live) => {
+                let text = format!("the driver does not notice that the server of {} is dead", state.device.display());
+                return Err(Failure::new(text));
+            }
+            _ => return Ok(false),
+        }
+    }
+}
+
+/// Whether the device, which is served, would wait for another server.
+pub(crate) fn is_recoverable(id: u32, state: &State) -> Result<bool> {
+    Ok(status(id, state)?.is_some_and(|s| s.recoverable))
+}
+
+/// Whether this kernel lets a take-over begin again that was cut short.
+pub(crate) fn can_begin_again() -> bool {
+    vdisk_ublk::available().is_ok_and(vdisk_ublk::Features::can_begin_again)
 }
 
 /// Removes the device of a dead server, unless somebody else has it by now.
 pub(crate) fn remove(id: u32, state: &State) -> Result<()> {
     let deadline = Instant::now() + NOTICING;
-    loop {
+    while status(id, state)?.is_some() {
         match vdisk_ublk::delete(id) {
-            // Without the driver there is no device either.
-            Ok(()) | Err(vdisk_ublk::Error::Unavailable(vdisk_ublk::Unavailable::NoDriver)) => return Ok(()),
-            // Another's by now. While the driver is about to notice a death, it names no process at all (-1): that is ours.
-            Err(vdisk_ublk::Error::Served { pid, .. })
-                if u32::try_from(pid).is_ok_and(|pid| ![0, state.pid].contains(&pid)) =>
-            {
-                return Ok(());
-            }
-            Err(vdisk_ublk::Error::Served { .. }) if Instant::now() < deadline => thread::sleep(NOTICING / 50),
+            Ok(()) => break,
+            Err(vdisk_ublk::Error::Served { .. }) if Instant::now() < deadline => thread::sleep(STEP),
             Err(e) => return Err(Failure::from_error(&e)),
         }
     }
+    Ok(())
 }

@@ -1,4 +1,4 @@
-//! The process that serves a block device, from its first step to the removal of its state file.
+//! The process that serves a block device, from its first step to its end.
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,28 +11,16 @@ use crate::failure::{Failure, Result};
 use crate::open::{self, Opened};
 use crate::options::DirectIo;
 use crate::report::Reporter;
+use crate::resume::{self, Resume};
+use crate::session::Session;
 use crate::signals::{self, Stop};
-use crate::state::{Books, State, StateDir};
-use crate::transport::{Callbacks, Transport};
-use crate::{hygiene, in_use, logging, partitions};
+use crate::state::{State, StateDir};
+use crate::transport::{Callbacks, End, Transport};
+use crate::{hygiene, logging};
 
-/// What the callbacks of the transport and the end of the process share.
-struct Session {
-    dir: &'static StateDir,
-    reporter: Reporter,
-    log: String,
-    /// Held from the look for dead servers of the image until the new device is in the books.
-    books: Option<Books<'static>>,
-    /// As it is on disk.
-    state: Option<State>,
-    /// Why the device is to be removed again although it was made.
-    failure: Option<Failure>,
-    /// There is no device (any more) that `detach` would have to remove.
-    device_gone: bool,
-}
-
-/// Serves until SIGTERM or SIGINT. In the background, the waiting command gets the report, success or not.
-pub(crate) fn run(args: &Args, verbose: bool, background: bool) -> Result<()> {
+/// Serves until SIGTERM or SIGINT: a new device, or one of the image that waits for a server, which may be `wanted`. In the background,
+/// the waiting command gets the report, success or not.
+pub(crate) fn run(args: &Args, wanted: Option<&State>, verbose: bool, background: bool) -> Result<()> {
     if background {
         hygiene::close_inherited();
     }
@@ -46,10 +34,21 @@ pub(crate) fn run(args: &Args, verbose: bool, background: bool) -> Result<()> {
             return Err(failure);
         }
     };
-    let session = Session { dir, reporter, log, books: None, state: None, failure: None, device_gone: true };
-    let session = Arc::new(Mutex::new(session));
-    let served = serve(args, held, &session);
-    finish(&mut lock(&session), served)
+    let session = Arc::new(Mutex::new(Session::new(dir, reporter, log)));
+    let served = serve(args, wanted, held, &session);
+    let mut session = lock(&session);
+    let served = match (served, session.left_waiting(wanted)) {
+        (Err(failure), Some(State { device, image, .. })) => {
+            let device = device.display();
+            // Of a device, the line does not name the image at its beginning.
+            let failure = if wanted.is_some() { Failure::new(format!("{image}: {failure}")) } else { failure };
+            Err(failure.hint(format_args!(
+                "{device} waits on: vdisk recover {device} when that is put right; vdisk detach --force gives it up"
+            )))
+        }
+        (served, _) => served,
+    };
+    session.finish(served)
 }
 
 fn lock(session: &Mutex<Session>) -> MutexGuard<'_, Session> {
@@ -67,14 +66,14 @@ fn start_log(verbose: bool, background: bool, dir: &StateDir) -> Result<String> 
     logging::to_background(verbose, dir)
 }
 
-fn serve(args: &Args, held: signals::Held, session: &Arc<Mutex<Session>>) -> Result<()> {
+fn serve(args: &Args, wanted: Option<&State>, held: signals::Held, session: &Arc<Mutex<Session>>) -> Result<()> {
     if let Some(notice) = hygiene::guard_against_reclaim() {
         lock(session).reporter.notice(notice);
     }
     let path = open::real_path(&args.image)?;
+    let kept = resume::anywhere(&args.image)?;
     // Locked from here on: what the books say of this image is of servers that have died.
-    let mut image =
-        Opened::open(&args.image, args.direct_io).map_err(|failure| name_holder(failure, &path, session))?;
+    let mut image = open(args, &path, session)?;
     let (transport, notice) = Transport::choose(args.transport)?;
     if args.direct_io == DirectIo::Auto && transport.is_faster_through_page_cache() {
         image.forget_direct();
@@ -87,21 +86,32 @@ fn serve(args: &Args, held: signals::Held, session: &Arc<Mutex<Session>>) -> Res
     }
     let _ = env::set_current_dir("/");
     let stop = Stop::default();
-    let given = stop.clone();
-    held.on_end(move || given.give()).map_err(|e| Failure::doing("start a thread", &e))?;
-    lock(session).claim_books(&path)?;
+    held.on_end(stop.clone()).map_err(|e| Failure::doing("start a thread", &e))?;
+    let waiting = lock(session).claim_books(&path, args, wanted)?;
+    let (log, resume) = (lock(session).log.clone(), Resume::new(kept, args.direct_io, &image));
+    let mut state = State::of_this_process(transport, &path, image.geometry(), log, resume)?;
+    if let Some(dead) = &waiting {
+        dead.check_fits(&image)?;
+        lock(session).begin_to_take(dead, &mut state, args)?;
+    }
     // Not before it is sure that there will be a device.
     for notice in image.keep_ledger(&args.image)? {
         lock(session).reporter.notice(notice);
     }
+    state.resume = state.resume.with_ledger_of(&image);
 
     watch_for_poison(&image, session)?;
-    let mut served = Ok(());
+    let mut served = Ok(End::Gone);
     let mut may_close = true;
-    if !stop.is_given() {
-        let state = State::of_this_process(transport, &path, image.geometry(), lock(session).log.clone())?;
-        let (server, calls) = (state.clone(), callbacks(session, state, &stop));
-        served = transport.serve(&image, &server.server(), args.device_options(), calls, &stop).map_err(|e| {
+    // One that waits is served first, and its requests with it, whatever is to become of it.
+    if !stop.is_given() || waiting.is_some() {
+        let (server, options) = (state.clone(), args.device_options(&state.resume));
+        let calls = callbacks(session, state, &stop);
+        let ended = match &waiting {
+            Some(dead) => transport.take_over(&image, dead, calls, &stop),
+            None => transport.serve(&image, &server.server(), options, calls, &stop),
+        };
+        served = ended.map_err(|e| {
             may_close = !e.device_may_live;
             lock(session).device_gone = e.device_gone;
             e.failure
@@ -112,13 +122,36 @@ fn serve(args: &Args, held: signals::Held, session: &Arc<Mutex<Session>>) -> Res
         // Of a poisoned image the device could not be flushed either: that is the consequence, and not why.
         if image.disk.is_poisoned() {
             tracing::error!("{}: {first}", path.display());
-            served = Ok(());
+            served = Ok(End::Gone);
         } else {
             tracing::error!("{}: {also}", path.display());
         }
     }
-    let failure = lock(session).failure.take();
-    failure.map_or(served, Err).and(closed)
+    let mut session = lock(session);
+    let failure = session.failure.take();
+    match failure.map_or(served, Err)? {
+        End::Gone => closed,
+        End::LetGo => {
+            session.let_go = true;
+            // What is not in the image is in the ledger, for the next one.
+            if let Err(failure) = closed {
+                tracing::error!("{}: {failure}", path.display());
+            }
+            let device = session.state.as_ref().map_or_else(String::new, |s| s.device.display().to_string());
+            Err(Failure::new(format!("let go of {device}, which waits for its next server"))
+                .hint(format_args!("vdisk recover {device}")))
+        }
+    }
+}
+
+/// Opens and locks the image.
+fn open(args: &Args, path: &Path, session: &Mutex<Session>) -> Result<Opened> {
+    let is_dying = || {
+        let image = path.to_string_lossy();
+        lock(session).dir.list().is_ok_and(|all| all.iter().any(|s| s.image == image && !s.is_live()))
+    };
+    let opened = Opened::open_after(&args.image, args.direct_io, is_dying);
+    opened.map_err(|failure| name_holder(failure, path, session))
 }
 
 /// Has the books say when a sync has failed, from a thread of its own: whoever serves must not wait for the books.
@@ -137,9 +170,15 @@ fn watch_for_poison(image: &Opened, session: &Arc<Mutex<Session>>) -> Result<()>
 
 /// What enters a device in the books and reports it; on a failure, the device is not wanted any more.
 fn callbacks(session: &Arc<Mutex<Session>>, mut state: State, stop: &Stop) -> Callbacks {
+    let state_is_taken = state.resume.taking_over;
     let (adding, adding_stop) = (Arc::clone(session), stop.clone());
     let (making, making_stop) = (Arc::clone(session), stop.clone());
-    let give_up = |session: &mut Session, failure, stop: &Stop| {
+    let give_up = move |session: &mut Session, failure: Failure, stop: &Stop| {
+        // Others use it since before this process: it is served, whoever is to hear of it.
+        if state_is_taken {
+            tracing::error!("{failure}");
+            return;
+        }
         session.failure = Some(failure);
         stop.give();
     };
@@ -147,6 +186,11 @@ fn callbacks(session: &Arc<Mutex<Session>>, mut state: State, stop: &Stop) -> Ca
         added: Box::new(move |device: &Path| {
             let mut session = lock(&adding);
             state.device = device.to_owned();
+            // Not known to the driver before.
+            state.resume.begun = state_is_taken;
+            if let Some(taken) = &mut session.taken {
+                taken.resume.begun = true;
+            }
             if let Err(failure) = session.added(state) {
                 give_up(&mut session, failure, &adding_stop);
             }
@@ -162,111 +206,6 @@ fn callbacks(session: &Arc<Mutex<Session>>, mut state: State, stop: &Stop) -> Ca
             }
         }),
     }
-}
-
-impl Session {
-    /// Takes the books and clears them of what dead servers of the image left.
-    fn claim_books(&mut self, image: &Path) -> Result<()> {
-        let books = self.dir.lock()?;
-        books.sweep();
-        let image = image.to_string_lossy();
-        let states = self.dir.list()?.into_iter().filter(|state| state.image == image);
-        for state in states {
-            if let Some(notice) = clear_dead(&books, &state)? {
-                self.reporter.notice(notice);
-            }
-        }
-        self.books = Some(books);
-        Ok(())
-    }
-
-    /// The device has a name: enters it in the books. Then others may make devices.
-    fn added(&mut self, state: State) -> Result<()> {
-        self.dir.create()?;
-        let books = self.books.take().map_or_else(|| self.dir.lock(), Ok)?;
-        books.write(&state)?;
-        self.state = Some(state);
-        Ok(())
-    }
-
-    /// A sync has failed. There is no state any more once the process ends.
-    fn poisoned(&mut self, why: &str) -> Result<()> {
-        let Some(state) = &mut self.state else { return Ok(()) };
-        state.poisoned = Some(why.to_owned());
-        self.dir.lock()?.update(state)
-    }
-
-    /// The device can be used: reports it.
-    fn ready(&mut self, device: &Path, notices: Vec<String>, stop: &Stop) -> Result<()> {
-        for notice in notices {
-            self.reporter.notice(notice);
-        }
-        // Something else may have made a plain file of that name.
-        if in_use::rdev(device).is_none() {
-            return Err(Failure::new(format!("{} is not a block device", device.display()))
-                .hint("is devtmpfs mounted on /dev, or is a plain file in the way?"));
-        }
-        if let Some(notice) = partitions::find_missing(device) {
-            self.reporter.notice(notice);
-        }
-        if let Some(state) = &mut self.state {
-            state.ready = true;
-            self.dir.lock()?.write(state)?;
-            tracing::info!("{}: attached as {}", state.image, device.display());
-        }
-        self.reporter.ready(device, stop)
-    }
-}
-
-/// Leaves nothing behind but a device that could not be removed and, after a failure that nobody was told, the reason.
-fn finish(session: &mut Session, served: Result<()>) -> Result<()> {
-    session.books = None;
-    let (reported, background) = (session.reporter.is_done(), session.reporter.is_background());
-    let failed = served.as_ref().err();
-    if let Some(failure) = failed.filter(|_| background) {
-        tracing::error!("{failure}");
-    }
-    if let Some(mut state) = session.state.take() {
-        // For `detach`.
-        let kept = failed.filter(|_| !session.device_gone || reported && background);
-        let left = session.dir.lock().and_then(|books| match kept {
-            Some(failure) => {
-                state.error = Some(failure.to_string());
-                state.device_gone = session.device_gone;
-                books.update(&state)
-            }
-            None => books.remove(&state),
-        });
-        if let Err(failure) = left {
-            tracing::error!("{failure}");
-        }
-    }
-    if !reported {
-        let stopped = Failure::new("stopped before the device was there");
-        let _ = session.reporter.failed(failed.unwrap_or(&stopped));
-    }
-    if failed.is_none() || !reported && session.device_gone {
-        logging::discard(&session.log);
-    }
-    served
-}
-
-/// Removes what a server of this image left that has died, if nothing uses it any more. Tells what was removed.
-fn clear_dead(books: &Books<'_>, state: &State) -> Result<Option<String>> {
-    // One that failed and is about to exit, or that serves the image to be read like us.
-    if state.process()?.is_some() {
-        return Ok(None);
-    }
-    let tree = in_use::Tree::of_state(state);
-    let users = [tree.lasting_users(), tree.openers(state.pid)].concat();
-    let device = state.device.display();
-    if !users.is_empty() {
-        let text = format!("its earlier server (pid {}) is dead and {}", state.pid, users.join(", "));
-        return Err(Failure::new(text).hint(format_args!("vdisk detach --force {device}")));
-    }
-    crate::detach::clear(books, state)?;
-    logging::discard(&state.log);
-    Ok(Some(format!("removed {device}, whose server (pid {}) was dead", state.pid)))
 }
 
 /// Says which device holds the image, if it is one of ours.

@@ -8,12 +8,15 @@ use std::thread;
 
 use nix::sys::signal::{SigSet, Signal};
 
+/// SIGUSR1 has a device let go of, for another server.
+const LET_GO: Signal = Signal::SIGUSR1;
+
 /// The signals are held back from all threads that are started from here on.
 pub(crate) struct Held(SigSet);
 
 /// Holds the signals back. To be called before there are other threads. (SIGPIPE is ignored by every Rust program.)
 pub(crate) fn hold(background: bool) -> nix::Result<Held> {
-    let mut held = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP]);
+    let mut held = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, LET_GO]);
     // A limit on the size of files (RLIMIT_FSIZE) is to be an error of the write, not the end of the server.
     SigSet::from_iter([Signal::SIGXFSZ]).thread_block()?;
     held.thread_block()?;
@@ -32,14 +35,17 @@ fn ignores(status: &str, signal: Signal) -> bool {
 }
 
 impl Held {
-    /// Calls `stop` at the first signal that ends the process, also at one that came before. Later ones are ignored.
-    pub(crate) fn on_end(self, stop: impl FnOnce() + Send + 'static) -> io::Result<()> {
-        let wait = move || match self.0.wait() {
-            Ok(signal) => {
-                tracing::info!("{signal}: draining");
-                stop();
+    /// Gives `stop` at the first signal that ends the process, also at one that came before. Later ones are ignored.
+    pub(crate) fn on_end(self, stop: Stop) -> io::Result<()> {
+        let wait = move || loop {
+            match self.0.wait() {
+                Ok(LET_GO) => stop.let_go(),
+                Ok(signal) => {
+                    tracing::info!("{signal}: draining");
+                    return stop.give();
+                }
+                Err(e) => return tracing::error!("waiting for signals: {e}"),
             }
-            Err(e) => tracing::error!("waiting for signals: {e}"),
         };
         thread::Builder::new().name("signals".to_owned()).spawn(wait).map(drop)
     }
@@ -47,7 +53,9 @@ impl Held {
 
 /// The signal to stop, whatever the transport understands by it. Clones give the same one.
 #[derive(Clone, Default)]
-pub(crate) struct Stop(Arc<Mutex<Stage>>);
+pub(crate) struct Stop(Arc<Mutex<Stage>>, Arc<Mutex<Option<LetGo>>>);
+
+type LetGo = Box<dyn Fn() + Send>;
 
 #[derive(Default)]
 enum Stage {
@@ -74,6 +82,21 @@ impl Stop {
             action();
         } else {
             *stage = Stage::Armed(Box::new(action));
+        }
+    }
+
+    /// What is to be done at the signal to let go of the device.
+    pub(crate) fn arm_let_go(&self, action: impl Fn() + Send + 'static) {
+        *self.1.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(action));
+    }
+
+    fn let_go(&self) {
+        match &*self.1.lock().unwrap_or_else(PoisonError::into_inner) {
+            Some(action) => {
+                tracing::info!("{LET_GO}: letting go of the device");
+                action();
+            }
+            None => tracing::warn!("{LET_GO}: there is no device that could wait for another server"),
         }
     }
 

@@ -12,9 +12,10 @@ use vdisk_image::Geometry;
 
 use crate::failure::{Failure, Result};
 use crate::process;
+use crate::resume::Resume;
 use crate::transport::{ServerId, Transport};
 
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 
 /// One attached image.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,11 +43,19 @@ pub(crate) struct State {
     pub(crate) error: Option<String>,
     /// After such a failure: whether the process took the device away, whose number others may have by now.
     pub(crate) device_gone: bool,
+    /// For the next server of the device.
+    pub(crate) resume: Resume,
 }
 
 impl State {
     /// Describes a device that this process is about to make. It has no name yet.
-    pub(crate) fn of_this_process(transport: Transport, image: &Path, geometry: Geometry, log: String) -> Result<Self> {
+    pub(crate) fn of_this_process(
+        transport: Transport,
+        image: &Path,
+        geometry: Geometry,
+        log: String,
+        resume: Resume,
+    ) -> Result<Self> {
         let pid = std::process::id();
         let start_time = process::start_time(pid).ok_or_else(|| Failure::new("/proc is not mounted"))?;
         let image = image.to_string_lossy().into_owned();
@@ -64,6 +73,7 @@ impl State {
             poisoned: None,
             error: None,
             device_gone: false,
+            resume,
         })
     }
 
@@ -88,11 +98,13 @@ impl State {
         ServerId { pid: self.pid, start_time: self.start_time, image: &self.image }
     }
 
-    /// For `list`: `live`, `dead`, `poisoned` (it is only read any more), or `starting`, which is what a device is before it can be used.
+    /// For `list`: `live`, `dead`, `poisoned` (it is only read any more), `starting`, which is what a device is before it can be used, or
+    /// `recovering`.
     pub(crate) fn word(&self) -> &'static str {
         match (self.is_live(), self.ready) {
             (true, true) if self.poisoned.is_some() => "poisoned",
             (true, true) => "live",
+            (true, false) if self.resume.taking_over => "recovering",
             (true, false) => "starting",
             (false, _) => "dead",
         }
@@ -273,7 +285,9 @@ mod tests {
     fn state(device: &str) -> State {
         let log = "journal".to_owned();
         let geometry = Geometry { size: 10 << 20, read_only: false, preferred_block: 4096 };
-        let state = State::of_this_process(Transport::Nbd, Path::new("/a \"b\".vmdk"), geometry, log).unwrap();
+        let path = Path::new("/a \"b\".vmdk");
+        let resume = Resume::of_path(path.to_owned());
+        let state = State::of_this_process(Transport::Nbd, path, geometry, log, resume).unwrap();
         State { device: PathBuf::from(device), ..state }
     }
 
@@ -328,6 +342,9 @@ mod tests {
         assert_eq!(words, ["starting", "live", "dead", "dead", "poisoned"]);
         let reasons = [&live, &failed, &poisoned].map(State::reason);
         assert_eq!(reasons, [None, Some("EIO"), Some("sync: EIO")]);
+        let mut taken_over = starting.clone();
+        taken_over.resume.taking_over = true;
+        assert_eq!(taken_over.word(), "recovering");
     }
 
     #[test]

@@ -36,6 +36,19 @@ pub(crate) struct DeviceOptions {
     pub(crate) queues: Option<u16>,
     pub(crate) depth: Option<u16>,
     pub(crate) zero_copy: ZeroCopy,
+    /// It shall outlive its server, if it can.
+    pub(crate) recoverable: bool,
+    /// To know it again.
+    pub(crate) cookie: u64,
+}
+
+/// How the serving of a device ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum End {
+    /// There is no device any more.
+    Gone,
+    /// It waits for another server. This process must end now.
+    LetGo,
 }
 
 /// What is to be told of a device on its way.
@@ -63,6 +76,13 @@ pub(crate) struct ServeFailure {
     pub(crate) device_may_live: bool,
     /// There is no device that would have to be removed.
     pub(crate) device_gone: bool,
+}
+
+impl ServeFailure {
+    /// Nothing has happened to the device yet.
+    fn before(failure: Failure) -> Self {
+        Self { failure, device_may_live: false, device_gone: false }
+    }
 }
 
 impl Transport {
@@ -106,7 +126,7 @@ impl Transport {
         }
     }
 
-    /// Serves until `stop` is given. On return the device is gone, unless the failure says otherwise.
+    /// Serves until `stop` is given. On return the device is gone, unless the answer says otherwise.
     pub(crate) fn serve(
         self,
         image: &Opened,
@@ -114,11 +134,36 @@ impl Transport {
         options: DeviceOptions,
         callbacks: Callbacks,
         stop: &Stop,
-    ) -> Result<(), ServeFailure> {
+    ) -> Result<End, ServeFailure> {
         match self {
             Self::Ublk => serve_ublk::serve(image, options, callbacks, stop),
-            Self::Nbd => attach_nbd::serve(image, server, options, callbacks, stop),
-            Self::Fuse => attach_fuse::serve(image, server, options, callbacks, stop),
+            Self::Nbd => attach_nbd::serve(image, server, options, callbacks, stop).map(|()| End::Gone),
+            Self::Fuse => attach_fuse::serve(image, server, options, callbacks, stop).map(|()| End::Gone),
+        }
+    }
+
+    /// Goes on with the device of a dead server, as [`Self::serve`] would.
+    pub(crate) fn take_over(
+        self,
+        image: &Opened,
+        dead: &State,
+        callbacks: Callbacks,
+        stop: &Stop,
+    ) -> Result<End, ServeFailure> {
+        let taken = self.number(dead).map(|number| match self {
+            Self::Ublk => serve_ublk::take_over(image, number, callbacks, stop),
+            Self::Nbd | Self::Fuse => {
+                Err(ServeFailure::before(Failure::new("only devices of ublk outlive their server")))
+            }
+        });
+        taken.unwrap_or_else(|failure| Err(ServeFailure::before(failure)))
+    }
+
+    /// Whether the device of a dead server waits for another one.
+    pub(crate) fn is_waiting(self, dead: &State) -> Result<bool> {
+        match self {
+            Self::Ublk => serve_ublk::is_waiting(self.number(dead)?, dead),
+            Self::Nbd | Self::Fuse => Ok(false),
         }
     }
 
@@ -142,7 +187,7 @@ impl Transport {
         }
     }
 
-    fn number(self, state: &State) -> Result<u32> {
+    pub(crate) fn number(self, state: &State) -> Result<u32> {
         let device_name = state.device_name();
         let number = device_name.trim_start_matches(|c: char| !c.is_ascii_digit()).parse();
         number.map_err(|_| Failure::new(format!("{device_name} is not a device of {}", self.name())))

@@ -5,7 +5,7 @@ use std::process::Output;
 use crate::lab::{Device, Lab, assert_nothing_left, listed, text, wait_until};
 
 /// A host file system at `host`, on a disk of which parts can be made bad.
-struct Host<'a> {
+pub(crate) struct Host<'a> {
     lab: &'a Lab,
     disk: String,
     sectors: u64,
@@ -14,7 +14,7 @@ struct Host<'a> {
 const SECTOR: u64 = 512;
 
 impl<'a> Host<'a> {
-    fn new(lab: &'a Lab) -> Option<Self> {
+    pub(crate) fn new(lab: &'a Lab) -> Option<Self> {
         if !lab.has_device_mapper("error") {
             return None;
         }
@@ -29,7 +29,7 @@ impl<'a> Host<'a> {
     }
 
     /// Makes the sectors bad that hold these bytes of a file, which has them already; none: makes all good again.
-    fn break_at(&self, file: &str, from: u64, len: u64) {
+    pub(crate) fn break_at(&self, file: &str, from: u64, len: u64) {
         let bad = if len == 0 { Vec::new() } else { self.places(file, from, len) };
         let mut table = String::new();
         let mut at = 0;
@@ -47,7 +47,7 @@ impl<'a> Host<'a> {
         ));
     }
 
-    fn mend(&self) {
+    pub(crate) fn mend(&self) {
         self.break_at("", 0, 0);
     }
 
@@ -72,7 +72,7 @@ impl<'a> Host<'a> {
         places
     }
 
-    fn end(self) {
+    pub(crate) fn end(self) {
         self.mend();
         self.lab.sh(&format!("umount host; dmsetup remove vdisk-host; losetup -d {}", self.disk));
     }
@@ -96,7 +96,7 @@ impl Lab {
     }
 
     /// Writes them, from the file `data`, and flushes if that is wanted.
-    fn write_at(&self, device: &Device<'_>, mib: u64, kib: u64, flush: bool) -> Output {
+    pub(crate) fn write_at(&self, device: &Device<'_>, mib: u64, kib: u64, flush: bool) -> Output {
         let sync = if flush { ",fsync" } else { "" };
         self.try_sh(&format!(
             "dd if=data of={} bs={kib}k count=1 oflag=direct,seek_bytes conv=notrunc{sync} seek={} status=none",
@@ -124,7 +124,7 @@ impl Lab {
     }
 
     /// Where the image has a byte of the disk.
-    fn offset_of(&self, image: &str, at: u64) -> u64 {
+    pub(crate) fn offset_of(&self, image: &str, at: u64) -> u64 {
         let map: Vec<serde_json::Value> =
             serde_json::from_str(&self.sh(&format!("$vdisk map --json {image}"))).unwrap();
         let number = |run: &serde_json::Value, name: &str| run[name].as_u64().unwrap();

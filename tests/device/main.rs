@@ -14,5 +14,6 @@ mod lab;
 mod log_writes;
 mod many;
 mod power_cut;
+mod recover;
 mod server_death;
 mod syncs;

@@ -44,6 +44,8 @@ const ACTIVE_AT: usize = 3;
 const COUNT_AT: usize = 4;
 
 const MAGIC: u64 = u64::from_le_bytes(*b"vdisk\0\0\x02");
+/// In its place.
+const VOID: u64 = u64::from_le_bytes(*b"vdisk\0\0\0");
 
 /// A content ID in its word: 0 is none.
 const HAS_ID: u64 = 1 << 32;
@@ -139,7 +141,12 @@ impl Ledger {
 
     /// What is here must not be believed any more: the data behind it may be gone.
     pub(crate) fn void(&self) {
-        self.set(MAGIC_AT, 0);
+        self.set(MAGIC_AT, VOID);
+    }
+
+    /// Whether it was voided, and nobody has begun another session since.
+    pub(crate) fn is_void(&self) -> bool {
+        self.get(MAGIC_AT) == VOID
     }
 
     /// Whether there is anything that is not in an image, of whatever image.

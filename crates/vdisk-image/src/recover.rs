@@ -11,7 +11,7 @@ use crate::table::{PAGE_ENTRIES, TableCopy};
 use crate::wait::locked;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use vmdk_parse::{Access, SECTOR_SIZE};
+use vmdk_parse::{Access, ContentId, SECTOR_SIZE};
 
 /// What [`Disk::keep_ledger`] found.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -47,6 +47,23 @@ impl Disk {
     pub fn needs_ledger(&self) -> bool {
         let tables = self.chain.top.writable_sparse().count();
         (1..EXTENTS).contains(&tables) && self.new_content_id.is_some() && !self.geometry.read_only
+    }
+
+    /// Whether what a ledger had is not to be had any more: a sync has failed, or somebody who did not know of it has closed or changed
+    /// the image.
+    pub fn is_lost(&self, memory: Arc<dyn LedgerMemory>) -> bool {
+        let ledger = Ledger::new(memory);
+        ledger.is_void() || self.left(&ledger).is_empty() && !ledger.is_empty()
+    }
+
+    /// Whether a write that was answered is lost with this process, unless a ledger is kept or it was flushed.
+    pub fn may_lose_entries(&self) -> bool {
+        !self.geometry.read_only && self.chain.top.writable_sparse().next().is_some()
+    }
+
+    /// The content ID that the image has, and the one that it gets from this disk's first change.
+    pub fn content_ids(&self) -> impl Iterator<Item = ContentId> {
+        self.info.content_id.into_iter().chain(self.new_content_id)
     }
 
     /// Takes over what is left in a ledger for this image, durably, and keeps the ledger from now on: a write that was acknowledged

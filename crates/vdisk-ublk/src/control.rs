@@ -9,13 +9,13 @@ use libublk::ctrl::UblkCtrl;
 use libublk::{UblkError, sys};
 
 use crate::error::Error;
-use crate::features::available;
+use crate::features::{RECOVERY, available};
 use crate::{node, run_dir};
 
 /// What the driver says of a device (`UBLK_S_DEV_*`).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum State {
-    /// Not started yet, or stopped, or its server died.
+    /// Not started yet, or stopped, or its server died and nobody may take over.
     Dead,
     /// Being served.
     Live,
@@ -34,6 +34,21 @@ pub struct Status {
     pub state: State,
     /// The process that serves or served it.
     pub server: i32,
+    /// Whether it waits for another server when its own dies.
+    pub recoverable: bool,
+    /// What it was given when it was made ([`crate::Options::cookie`]).
+    pub cookie: u64,
+}
+
+impl Status {
+    /// Of a device that waits, the driver itself says that nobody serves it: the number of its server may be another process's by now.
+    fn is_served(&self, is_running: impl FnOnce(i32) -> bool) -> bool {
+        match self.state {
+            State::Live => true,
+            State::Quiesced | State::Failing => false,
+            State::Dead | State::Unknown(_) => is_running(self.server),
+        }
+    }
 }
 
 /// The state of the device with the number `id`, or `None` if there is none.
@@ -59,7 +74,7 @@ pub fn delete(id: u32) -> Result<(), Error> {
     available()?;
     if let Some(control) = open(id)? {
         let status = status_of(&control);
-        if status.state == State::Live || is_running(status.server) {
+        if status.is_served(is_running) {
             return Err(Error::Served { id, pid: status.server });
         }
         delete_device(&control)?;
@@ -118,7 +133,7 @@ fn is_running(pid: i32) -> bool {
 }
 
 /// Looks below /sys first, so that nothing is made for a device that does not exist.
-fn open(id: u32) -> Result<Option<UblkCtrl>, Error> {
+pub(crate) fn open(id: u32) -> Result<Option<UblkCtrl>, Error> {
     let Some(number) = i32::try_from(id).ok() else { return Ok(None) };
     let devices = Path::new("/sys/class/ublk-char");
     if devices.exists() && !devices.join(format!("ublkc{id}")).exists() {
@@ -140,10 +155,15 @@ fn is_gone(e: &UblkError) -> bool {
 
 fn status_of(control: &UblkCtrl) -> Status {
     let info = control.dev_info();
-    Status { state: state(info.state), server: info.ublksrv_pid }
+    Status {
+        state: state(info.state),
+        server: info.ublksrv_pid,
+        recoverable: info.flags & RECOVERY == RECOVERY,
+        cookie: info.ublksrv_flags,
+    }
 }
 
-fn state(state: u16) -> State {
+pub(crate) fn state(state: u16) -> State {
     match u32::from(state) {
         sys::UBLK_S_DEV_DEAD => State::Dead,
         sys::UBLK_S_DEV_LIVE => State::Live,
@@ -163,6 +183,13 @@ mod tests {
         // include/uapi/linux/ublk_cmd.h
         let all = [State::Dead, State::Live, State::Quiesced, State::Failing, State::Unknown(4)];
         assert_eq!([0, 1, 2, 3, 4].map(state), all);
+    }
+
+    #[test]
+    fn a_waiting_device_is_not_served_whoever_has_the_number_of_its_server() {
+        let is_served = |state, runs| Status { state, server: 1, recoverable: true, cookie: 7 }.is_served(|_| runs);
+        assert!(is_served(State::Live, false) && is_served(State::Dead, true));
+        assert!(!is_served(State::Quiesced, true) && !is_served(State::Dead, false));
     }
 
     #[test]

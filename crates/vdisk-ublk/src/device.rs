@@ -11,7 +11,7 @@ use vdisk_io::FileSet;
 
 use crate::error::Error;
 use crate::features::available;
-use crate::server::{Event, Plan};
+use crate::server::{Event, Origin, Plan};
 use crate::stop::Stop;
 use crate::{control, node, run_dir};
 
@@ -28,6 +28,11 @@ pub struct Options {
     pub io_buf_bytes: Option<u32>,
     /// Whether requests are served in the kernel's own pages.
     pub zero_copy: ZeroCopy,
+    /// Whether the device is to wait for another server when this one dies, and its requests with it, if the driver can. Every
+    /// write that was answered has to be found again by the next one.
+    pub recoverable: bool,
+    /// Kept by the driver for as long as the device exists: by it a device is known again ([`crate::Status::cookie`]).
+    pub cookie: u64,
 }
 
 /// Whether the kernel's pages of a request go straight to and from the image's files, or are copied to this process.
@@ -38,6 +43,16 @@ pub enum ZeroCopy {
     Auto,
     /// Never.
     Off,
+}
+
+/// How the serving of a device ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum End {
+    /// The device was deleted.
+    Gone,
+    /// It waits for another server, and will be seen to do so when this process has ended. Requests are served no more, and the
+    /// threads that hold them end with the process.
+    LetGo,
 }
 
 /// A device that the driver has made, and that does not answer yet.
@@ -93,14 +108,41 @@ pub fn serve(
     added: impl FnOnce(&Added),
     ready: impl FnOnce(&Device),
     stop: Stop,
-) -> Result<(), Error> {
+) -> Result<End, Error> {
     let (queues, depth, io_buf_bytes) = options.resolve()?;
     let features = available()?;
-    let flags = if options.zero_copy == ZeroCopy::Auto { features.zero_copy() } else { 0 };
-    run_dir::prepare().map_err(|source| Error::RunDir { source })?;
+    let zero_copy = if options.zero_copy == ZeroCopy::Auto { features.zero_copy() } else { 0 };
+    let recovery = if options.recoverable { features.recovery() } else { 0 };
+    let flags = zero_copy | recovery;
+    let origin = Origin::New { queues, depth, io_buf_bytes, flags, cookie: options.cookie };
+    run(Plan { disk, files, origin, stop }, added, ready)
+}
 
+/// Goes on with a device that waits for a server ([`crate::State::Quiesced`]), as [`serve`] would: that the disk is the one that was
+/// served is the caller's to know. A stop that is triggered before it is served takes effect then.
+///
+/// `begin` is called when the driver is about to be told. What waits until the dead server's last I/O is over is this call.
+///
+/// # Errors
+///
+/// As of [`serve`]; but as long as `ready` was not called, and no stop triggered, the device waits on. The process should end then.
+pub fn take_over(
+    disk: Arc<Disk>,
+    files: Arc<FileSet>,
+    id: u32,
+    begin: impl FnOnce(&Added),
+    ready: impl FnOnce(&Device),
+    stop: Stop,
+) -> Result<End, Error> {
+    available()?;
+    run(Plan { disk, files, origin: Origin::Waiting(id), stop }, begin, ready)
+}
+
+fn run(plan: Plan, added: impl FnOnce(&Added), ready: impl FnOnce(&Device)) -> Result<End, Error> {
+    run_dir::prepare().map_err(|source| Error::RunDir { source })?;
     let (tell, events) = mpsc::channel();
-    let plan = Plan { disk, files, queues, depth, io_buf_bytes, flags, stop: stop.clone() };
+    let stop = plan.stop.clone();
+    let is_new = matches!(plan.origin, Origin::New { .. });
     thread::Builder::new().name("ublk-control".to_owned()).spawn(move || plan.run(tell)).map_err(Error::Thread)?;
 
     // Without an answer: the driver may still make it.
@@ -110,11 +152,12 @@ pub fn serve(
         Event::Ended(result) => return result,
         Event::Live => return Err(ended_early()),
     };
-    if !stop.is_triggered() {
+    if !stop.is_triggered() || !is_new {
         added(&Added { id, path: node::path(id) });
     }
-    // Looked at again: `added` may have found that there is no use in starting it.
-    if stop.is_triggered() {
+    // Looked at again: `added` may have found that there is no use in starting it. One that waits is served first, and its
+    // requests, whatever is to become of it.
+    if stop.is_triggered() && is_new {
         drop(go);
     } else {
         let _ = go.send(());
@@ -122,6 +165,8 @@ pub fn serve(
     match next(&events, START, "START_DEV") {
         Ok(Event::Live) => {}
         Ok(Event::Ended(result)) => return result,
+        // It waits on when this process has ended.
+        Ok(Event::Fault(e)) | Err(e) if !is_new => return Err(e.may_live()),
         Ok(Event::Fault(e)) | Err(e) => {
             wake_start(id);
             return Err(abandon(id, &stop, &events, e));

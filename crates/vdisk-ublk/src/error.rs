@@ -64,6 +64,12 @@ pub enum Error {
         /// The failure that it began with.
         why: Box<Error>,
     },
+    /// There is no such device, or it does not wait for a server.
+    #[error("/dev/ublkb{id} does not wait for a server")]
+    NotWaiting {
+        /// Number of the device.
+        id: u32,
+    },
     /// The device is being served, or just being made, by a living process.
     #[error("/dev/ublkb{id} is being served by process {pid}")]
     Served {

@@ -11,7 +11,7 @@ const CONTROL: &str = "/dev/ublk-control";
 
 /// What the driver can do.
 ///
-/// What comes to use a flag has to look here first, for libublk asks for what it is told to.
+/// What uses a flag has to look here first, for libublk asks for what it is told to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Features(u64);
 
@@ -21,11 +21,27 @@ impl Features {
         self.0
     }
 
+    /// The flags of a device that outlives its server, with requests that wait and are sent again; 0 if it cannot (before
+    /// Linux 6.1).
+    pub(crate) fn recovery(self) -> u64 {
+        let flags = RECOVERY & self.0;
+        if flags == RECOVERY { flags } else { 0 }
+    }
+
+    /// Whether a take-over that was cut short can be begun again. Linux 6.15 does; the flag is of 6.16. Earlier ones refuse it,
+    /// or, if some of the queues were there already, oops.
+    pub fn can_begin_again(self) -> bool {
+        self.0 & u64::from(sys::UBLK_F_QUIESCE) != 0
+    }
+
     /// What to ask for so that the pages of requests are used where they are; 0 if this driver has not all of it (Linux 6.16).
     pub(crate) fn zero_copy(self) -> u64 {
         if self.0 & ZERO_COPY == ZERO_COPY { ZERO_COPY } else { 0 }
     }
 }
+
+/// Requests wait for the next server, and those that the dead one had taken are sent again.
+pub(crate) const RECOVERY: u64 = (sys::UBLK_F_USER_RECOVERY | sys::UBLK_F_USER_RECOVERY_REISSUE) as u64;
 
 /// The driver puts the pages of each request into the ring's table of buffers (AUTO_BUF_REG, which wants SUPPORT_ZERO_COPY), and
 /// lets them be read and written through the char device, for bytes that are in no file as they are.
@@ -72,6 +88,14 @@ pub fn available() -> Result<Features, Unavailable> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn recovery_is_asked_for_as_a_whole_or_not_at_all() {
+        // include/uapi/linux/ublk_cmd.h; GET_FEATURES of Linux 6.12 and 7.3.
+        assert_eq!(RECOVERY, 1 << 3 | 1 << 4);
+        assert_eq!([0x1fe, 0x1f_ffff, 0, 1 << 3].map(|f| Features(f).recovery()), [RECOVERY, RECOVERY, 0, 0]);
+        assert_eq!([0x1fe, 0x1f_ffff].map(|f| Features(f).can_begin_again()), [false, true]);
+    }
 
     #[test]
     fn says_what_to_do() {

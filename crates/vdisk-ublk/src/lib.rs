@@ -1,7 +1,8 @@
 //! Serves a disk as a Linux block device, `/dev/ublkbN`, through the ublk driver. The only home of libublk.
 //!
 //! [`available`] says whether this kernel can; [`serve`] makes the device and serves it until a [`Stop`] is triggered or
-//! somebody else stops the device; [`delete`] and [`status`] look after devices whose server died.
+//! somebody else stops the device; [`take_over`] goes on with a device whose server died or let go of it; [`delete`] and
+//! [`status`] look after devices without a server.
 //!
 //! Data is copied between the kernel and a buffer of this process for each request (no zero copy yet), which every kernel
 //! since 6.5 can do. One thread for each queue, one task for each tag, the image's own I/O on the same ring as the ublk
@@ -12,6 +13,7 @@
 
 mod control;
 mod device;
+mod doors;
 mod errno;
 mod error;
 mod executor;
@@ -27,7 +29,7 @@ mod stop;
 mod threads;
 
 pub use control::{State, Status, delete, is_busy, status};
-pub use device::{Added, Device, Options, ZeroCopy, serve};
+pub use device::{Added, Device, End, Options, ZeroCopy, serve, take_over};
 pub use errno::errno;
 pub use error::Error;
 pub use features::{Features, Unavailable, available};

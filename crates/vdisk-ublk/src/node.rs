@@ -87,6 +87,34 @@ fn wait(mut done: impl FnMut() -> bool) -> bool {
     }
 }
 
+/// Has everything written that waits in the page cache of the device or of a file system on it, as the driver's end of the
+/// device does for one that cannot be recovered. Queues are served meanwhile.
+pub(crate) fn write_back(id: u32) {
+    for node in std::iter::once(path(id)).chain(partitions(id)) {
+        if let Err(e) = File::open(&node).and_then(|device| flush_buffers(&device)) {
+            tracing::error!(device = id, "write back {}: {e}", node.display());
+        }
+    }
+}
+
+/// BLKFLSBUF (include/uapi/linux/fs.h) syncs the file system on the block device too.
+fn flush_buffers(device: &File) -> io::Result<()> {
+    const BLKFLSBUF: libc::Ioctl = 0x1261;
+    #[expect(unsafe_code, reason = "an ioctl")]
+    // SAFETY: BLKFLSBUF takes no argument; the descriptor is open for the length of the call.
+    let answer = unsafe { libc::ioctl(device.as_raw_fd(), BLKFLSBUF) };
+    if answer < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+}
+
+/// Has the driver look early whether its server is dead: before Linux 6.15 it sees that by a request's timeout only, if the server
+/// died with every tag of a queue. A server that is slow has no other trouble by it.
+pub(crate) fn shorten_timeout(id: u32) {
+    const MILLISECONDS: &str = "3000";
+    if let Err(e) = fs::write(sys_block(id).join("queue/io_timeout"), MILLISECONDS) {
+        tracing::debug!(device = id, "queue/io_timeout: {e}");
+    }
+}
+
 /// Asks the kernel to look for partitions (include/uapi/linux/fs.h): an errno if it will not.
 fn reread_partitions(device: &File) -> Result<(), i32> {
     const BLKRRPART: libc::Ioctl = 0x125f;

@@ -14,6 +14,7 @@ use libublk::{BufDesc, UblkError, sys, ublk_init_task_ring, with_task_io_ring_mu
 use vdisk_image::{Disk, DiskError, Flags, Op, Request};
 use vdisk_io::{Buf, FileSet, Limited, Pages, RequestBuf, RingBuf, UringIo, chain};
 
+use crate::doors::Doors;
 use crate::errno::errno;
 use crate::error::{Error, host_error};
 use crate::executor::Executor;
@@ -29,6 +30,7 @@ pub(crate) struct Served {
     pub(crate) files: Arc<FileSet>,
     /// How many of the files have slots, from slot 1 on (slot 0 is the ublk char device).
     pub(crate) fixed_files: u32,
+    pub(crate) doors: Doors,
 }
 
 /// Serves one queue until the device stops: the whole life of a queue thread.
@@ -182,6 +184,7 @@ impl Tags<'_> {
     /// Serves the tag's request. The result to commit: for a read or write all its bytes (a short count would be taken
     /// for success since Linux 7), 0 for the others, or an errno negated.
     async fn request(&self, tag: u16, buf: &RequestBuf) -> i32 {
+        let _inside = self.served.doors.enter(self.queue.get_qid()).await;
         let iod = *self.queue.get_iod(tag);
         let Some((op, flags)) = decode(iod.op_flags) else { return -libc::EOPNOTSUPP };
         let (offset, len) = (iod.start_sector << 9, u64::from(iod.nr_sectors) << 9);

@@ -17,7 +17,17 @@ struct Inner {
 #[derive(Debug, Default)]
 struct State {
     requested: bool,
+    let_go: bool,
     queues: usize,
+}
+
+/// What the control thread is to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Word {
+    Stop,
+    LetGo,
+    /// No queue thread is left.
+    NobodyLeft,
 }
 
 impl Stop {
@@ -36,6 +46,15 @@ impl Stop {
         self.0.changed.notify_all();
     }
 
+    /// Has the device let go of, after which [`crate::serve`] returns: requests under way are finished, and later ones wait for the
+    /// next server. If requests do not end, it is served on. Returns at once and cannot fail. Not for a signal handler.
+    ///
+    /// Only of a device that was made to wait ([`crate::Options::recoverable`]): the others' requests fail.
+    pub fn let_go(&self) {
+        self.lock().let_go = true;
+        self.0.changed.notify_all();
+    }
+
     /// Whether it was triggered.
     pub fn is_triggered(&self) -> bool {
         self.lock().requested
@@ -47,15 +66,21 @@ impl Stop {
         RunningQueue(self.clone())
     }
 
-    /// Waits until it is triggered, or no queue thread is left. Whether the former.
+    /// Waits until it is triggered, or told to let go (once for each time), or no queue thread is left.
     ///
     /// The control thread waits here and then stops the device itself: libublk's ring for control commands belongs to a
     /// thread (its own control panics elsewhere), and a control made for the purpose needs file descriptors, which may
     /// be used up. A queue thread must not give the command: it has to serve the last requests.
-    pub(crate) fn wait(&self) -> bool {
-        let waiting = |s: &mut State| !s.requested && s.queues > 0;
-        let state = self.0.changed.wait_while(self.lock(), waiting).unwrap_or_else(PoisonError::into_inner);
-        state.requested
+    pub(crate) fn wait(&self) -> Word {
+        let waiting = |s: &mut State| !s.requested && !s.let_go && s.queues > 0;
+        let mut state = self.0.changed.wait_while(self.lock(), waiting).unwrap_or_else(PoisonError::into_inner);
+        if state.requested {
+            return Word::Stop;
+        }
+        match std::mem::take(&mut state.let_go) {
+            true => Word::LetGo,
+            false => Word::NobodyLeft,
+        }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -84,7 +109,7 @@ mod tests {
         let stop = Stop::new();
         stop.clone().trigger();
         let _queue = stop.queue();
-        assert!(stop.wait() && stop.is_triggered());
+        assert!(stop.wait() == Word::Stop && stop.is_triggered());
     }
 
     #[test]
@@ -94,7 +119,19 @@ mod tests {
         let other = stop.clone();
         let waiting = thread::spawn(move || other.wait());
         stop.trigger();
-        assert!(waiting.join().unwrap());
+        assert_eq!(waiting.join().unwrap(), Word::Stop);
+    }
+
+    #[test]
+    fn each_word_to_let_go_is_heard_once_and_a_stop_before_it() {
+        let stop = Stop::new();
+        let queue = stop.queue();
+        stop.let_go();
+        assert_eq!(stop.wait(), Word::LetGo);
+        stop.let_go();
+        stop.trigger();
+        assert_eq!([stop.wait(), stop.wait()], [Word::Stop, Word::Stop]);
+        drop(queue);
     }
 
     #[test]
@@ -104,6 +141,6 @@ mod tests {
         let other = stop.clone();
         let waiting = thread::spawn(move || other.wait());
         drop(queues);
-        assert!(!waiting.join().unwrap());
+        assert_eq!(waiting.join().unwrap(), Word::NobodyLeft);
     }
 }

@@ -94,13 +94,14 @@ impl Queues {
                 let _ = begin.send(());
             }
         }
-        control.start_dev(&self.dev).map_err(Error::control("START_DEV"))?;
+        control.start_dev(&self.dev).map_err(Error::control("START_DEV or END_USER_RECOVERY"))?;
         // libublk takes EBUSY for success, which is what the driver answers when the device is stopped meanwhile.
         control.read_dev_info().map_err(Error::control("GET_DEV_INFO"))?;
         let info = control.dev_info();
         if u32::from(info.state) != sys::UBLK_S_DEV_LIVE || !node::wait_for_device(info.dev_id) {
             return Err(Error::NotLive { path: node::path(info.dev_id).display().to_string() });
         }
+        node::shorten_timeout(info.dev_id);
         node::wait_for_partition_scan(info.dev_id);
         Ok(())
     }

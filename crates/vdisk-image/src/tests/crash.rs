@@ -253,7 +253,7 @@ fn a_ledger_is_not_believed_after_a_sync_that_failed() {
         flush(&disk, &memory).await.unwrap_err();
     });
     let again = open_with(&Memory::new(memory.files(), 1), &OPTIONS).unwrap();
-    assert_eq!(again.left_in(Arc::clone(&ledger)), 0);
+    assert_eq!((again.left_in(Arc::clone(&ledger)), again.is_lost(ledger)), (0, true));
     // Nor one whose data the host says to have lost, when it is to be taken over.
     let (memory, ledger) = killed(Shape::Sparse);
     memory.fail_call.set(Some((2, 5)));
@@ -262,13 +262,19 @@ fn a_ledger_is_not_believed_after_a_sync_that_failed() {
         open_with_ledger(&memory, &ledger).is_err_and(|e| e.to_string().contains("is lost"))
     });
     assert!(calls.is_some());
-    assert_eq!(open_with(&memory, &OPTIONS).unwrap().left_in(ledger), 0);
+    let again = open_with(&memory, &OPTIONS).unwrap();
+    assert_eq!((again.left_in(Arc::clone(&ledger)), again.is_lost(Arc::clone(&ledger))), (0, true));
+    drop(again);
+    // A session that begins anew has nothing to do with it.
+    assert!(!open_with_ledger(&memory, &ledger).unwrap().is_lost(ledger));
 }
 
 #[test]
 fn a_ledger_does_not_count_for_an_image_that_somebody_else_has_changed() {
     let (memory, ledger) = killed(Shape::Sparse);
-    assert_eq!(open_with(&memory, &OPTIONS).unwrap().left_in(Arc::clone(&ledger)), 1);
+    let before = open_with(&memory, &OPTIONS).unwrap();
+    assert_eq!((before.left_in(Arc::clone(&ledger)), before.is_lost(Arc::clone(&ledger))), (1, false));
+    drop(before);
     // Without the ledger: as any other program.
     let other = open_with(&memory, &OpenOptions { new_content_id: 77, ..OPTIONS }).unwrap();
     run(async {
@@ -276,6 +282,7 @@ fn a_ledger_does_not_count_for_an_image_that_somebody_else_has_changed() {
         other.close(&memory).await.unwrap();
     });
     let mut disk = open_with(&memory, &OPTIONS).unwrap();
+    assert!(disk.is_lost(Arc::clone(&ledger)));
     let taken = run(disk.keep_ledger(&memory, ledger)).unwrap();
     assert_eq!((taken.grains, taken.others), (0, true));
     assert_eq!(run(read(&disk, &memory, 1 << 20, 512)).unwrap(), [0; 512]);

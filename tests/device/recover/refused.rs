@@ -1,0 +1,165 @@
+//! What is not taken over, and what is said then.
+
+use super::lab;
+use crate::faults::Host;
+use crate::lab::{assert_nothing_left, wait_until};
+
+#[test]
+fn a_device_whose_image_is_away_waits_until_it_is_back() {
+    let Some(lab) = lab() else { return };
+    lab.vmdk("disk.vmdk", "64M");
+    let device = lab.attach("disk.vmdk");
+    lab.sh("head -c 8M /dev/urandom >data");
+    lab.sh(&format!("dd if=data of={} bs=512k oflag=direct conv=notrunc", device.path));
+    lab.kill();
+    lab.sh("mv disk.vmdk elsewhere");
+    for _ in 0..2 {
+        let said = lab.refused(&format!("recover {}", device.path));
+        assert!(said.contains("disk.vmdk") && said.contains("No such file") && said.contains("waits on"), "{said}");
+        assert_eq!(lab.states(), ["dead"]);
+    }
+    lab.sh("mv elsewhere disk.vmdk");
+    lab.recover(&device.path);
+    lab.sh(&format!("cmp -n 8388608 data {}", device.path));
+    device.detach();
+    lab.assert_clean();
+}
+
+#[test]
+fn an_image_that_was_changed_meanwhile_is_not_taken_for_the_same() {
+    let Some(lab) = lab() else { return };
+    lab.vmdk("disk.vmdk", "64M");
+    let device = lab.attach("disk.vmdk");
+    lab.sh(&format!(
+        "exec 9<{d}; dd if=/dev/urandom of={d} bs=512k count=4 oflag=direct conv=notrunc; exec 9<&-",
+        d = device.path
+    ));
+    lab.kill();
+    lab.sh("qemu-io -f vmdk -c 'write -P 7 30M 64k' disk.vmdk");
+    for _ in 0..2 {
+        let said = lab.refused(&format!("recover {}", device.path));
+        assert!(said.contains("changed by another program"), "{said}");
+        assert_eq!(lab.states(), ["dead"]);
+    }
+    drop(device);
+    assert_nothing_left(&lab);
+}
+
+#[test]
+fn a_temporary_overlay_is_gone_with_its_server_and_its_device() {
+    let Some(lab) = lab() else { return };
+    lab.vmdk("disk.vmdk", "64M");
+    let device = lab.attach("--overlay temporary disk.vmdk");
+    lab.kill();
+    let said = lab.refused(&format!("recover {}", device.path));
+    assert!(said.contains("temporary overlay"), "{said}");
+    wait_until("the device goes", || !std::path::Path::new(&device.path).exists());
+    device.detach();
+    assert_nothing_left(&lab);
+}
+
+#[test]
+fn a_device_of_another_program_or_user_is_refused_and_left_as_it_is() {
+    let Some(lab) = lab() else { return };
+    lab.vmdk("disk.vmdk", "64M");
+    let device = lab.attach("disk.vmdk");
+    lab.kill();
+    let (disk, books) = (&device.path, lab.books(&device.path));
+    let said = lab.sh(&format!("! setpriv --reuid 65534 --regid 65534 --clear-groups $vdisk recover {disk} 2>&1"));
+    assert!(said.contains("needs root"), "{said}");
+    // Of ublk, but in no books of ours.
+    lab.sh(&format!("mv {books} books"));
+    for other in [disk.as_str(), "/dev/vda", "/dev/ublkb77"] {
+        let said = lab.refused(&format!("recover {other}"));
+        assert!(said.contains("is no device of vdisk"), "{said}");
+    }
+    // Ours is gone, and another program's has its number.
+    lab.sh(&format!("jq -c '.resume.cookie = 1' books >{books}"));
+    assert!(!lab.vdisk(&format!("recover --upgrade {disk}")).status.success());
+    lab.sh(&format!("$vdisk detach {disk}; [ ! -e {books} ]; test -b {disk}; mv books {books}"));
+    lab.recover(disk);
+    device.detach();
+    lab.assert_clean();
+}
+
+#[test]
+fn of_two_recoveries_at_once_one_takes_the_device_over() {
+    let Some(lab) = lab() else { return };
+    lab.vmdk("disk.vmdk", "64M");
+    let device = lab.attach("disk.vmdk");
+    for _ in 0..5 {
+        lab.kill();
+        lab.sh(&format!(
+            "for n in 1 2; do (set +e; $vdisk recover {} >device.$n 2>said.$n; echo $? >status.$n) >/dev/null 2>&1 & done; wait",
+            device.path
+        ));
+        let status = lab.sh("cat status.1 status.2");
+        let lost = match status.as_str() {
+            "0\n1" => 2,
+            "1\n0" => 1,
+            _ => panic!("{status}: {}", lab.sh("cat said.1 said.2")),
+        };
+        let said = lab.sh(&format!("cat said.{lost}"));
+        assert!(said.lines().count() == 1 && !said.contains("waits on"), "{said}");
+        assert_eq!(lab.states(), ["live"]);
+        lab.sh(&format!("dd if=/dev/zero of={} bs=64k count=1 oflag=direct conv=notrunc", device.path));
+    }
+    device.detach();
+    lab.assert_clean();
+}
+
+#[test]
+fn nothing_changes_an_image_under_a_device_that_waits() {
+    let Some(lab) = lab() else { return };
+    lab.vmdk("disk.vmdk", "64M");
+    let device = lab.attach("disk.vmdk");
+    lab.kill();
+    for command in ["serve disk.vmdk --socket s", "compact disk.vmdk", "check --repair disk.vmdk"] {
+        let said = lab.refused(command);
+        assert!(said.contains("waits for its next server"), "{said}");
+    }
+    // A copy has its content ID, and is another file.
+    lab.sh("mv disk.vmdk served; cp served disk.vmdk");
+    let said = lab.refused(&format!("recover {}", device.path));
+    assert!(said.contains("is another file than the one that was served"), "{said}");
+    lab.sh("mv served disk.vmdk");
+    lab.recover(&device.path);
+    device.detach();
+    lab.assert_clean();
+}
+
+/// The host says once that it has lost something.
+#[test]
+fn what_a_failed_sync_has_lost_is_not_forgotten_by_the_second_recovery() {
+    let Some(lab) = lab() else { return };
+    let Some(host) = Host::new(&lab) else { return };
+    lab.sh("head -c 1048576 /dev/urandom > data");
+    for poisoned in [false, true] {
+        lab.vmdk("host/disk.vmdk", "64M");
+        let device = lab.attach("--direct-io off host/disk.vmdk");
+        assert!(lab.write_at(&device, 0, 1024, true).status.success());
+        host.break_at("host/disk.vmdk", lab.offset_of("host/disk.vmdk", 0), 65536);
+        // A new grain, which the ledger alone knows, and one that the host cannot keep.
+        for mib in [8, 0] {
+            assert!(lab.write_at(&device, mib, 64, false).status.success());
+        }
+        if poisoned {
+            assert!(!lab.write_at(&device, 4, 64, true).status.success(), "a flush of bad sectors succeeded");
+            wait_until("list says poisoned", || lab.states() == ["poisoned"]);
+        }
+        lab.kill();
+        let first = lab.refused(&format!("recover {}", device.path));
+        assert!(first.contains(if poisoned { "a sync had failed" } else { "is lost" }), "{first}");
+        host.mend();
+        for command in ["recover", "detach"] {
+            let said = lab.refused(&format!("{command} {}", device.path));
+            assert!(said.contains("sync") && said.contains("detach --force"), "{said}");
+            assert_eq!(lab.states(), ["dead"]);
+        }
+        lab.sh(&format!("$vdisk detach --force {}", device.path));
+        std::mem::forget(device);
+        assert_nothing_left(&lab);
+        lab.sh("$vdisk check host/disk.vmdk; rm host/disk.vmdk");
+    }
+    host.end();
+}
