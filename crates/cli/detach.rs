@@ -4,7 +4,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::mpsc::{self, RecvTimeoutError};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -101,7 +101,7 @@ pub(crate) fn whole_of(device: &Path) -> Option<PathBuf> {
 }
 
 fn detach(dir: &StateDir, state: State, force: bool) -> Result<()> {
-    let Some(server) = state.process()? else { return detach_dead(dir, &state, force) };
+    let Some(server) = state.process()? else { return detach_dead(dir, &state, force, None) };
     if state.resume.taking_over && !force {
         // Nobody answers yet what would be asked of it here.
         return Err(
@@ -112,22 +112,28 @@ fn detach(dir: &StateDir, state: State, force: bool) -> Result<()> {
     let claim = if force { None } else { claim(&state)? };
     // Nobody else has it open: what was written to it and not flushed waits in its page cache. The kernel writes it when a device
     // is closed, or taken away, but a loop device's server would be gone by then. A poisoned image takes none of it, now or later.
-    let claim = match claim.map(|claim| flush(claim, &server)).transpose() {
+    let flushing = claim.map(Flushing::start);
+    end(dir, &state, &server, force, flushing)
+}
+
+/// Ends a server, when the device is flushed.
+fn end(dir: &StateDir, state: &State, server: &Process, force: bool, flushing: Option<Flushing>) -> Result<()> {
+    let claim = match flushing.map(|flushing| flushing.wait(server)).transpose() {
         Ok(flushed) => flushed,
-        Err(Unflushed::Dead) => return detach_dead(dir, &state, force),
-        Err(Unflushed::Failed(claim, _)) if is_poisoned(dir, &state) => Some(claim),
+        Err(Unflushed::Dead(flushing)) => return detach_dead(dir, state, force, Some(flushing)),
+        Err(Unflushed::Failed(claim, _)) if is_poisoned(dir, state) => Some(claim),
         Err(Unflushed::Failed(_, e)) => {
             let failure = Failure::doing(format_args!("flush {}", state.device.display()), &e);
-            return Err(failure.hint(format_args!("{}; --force detaches it all the same", log_of(&state))));
+            return Err(failure.hint(format_args!("{}; --force detaches it all the same", log_of(state))));
         }
     };
     server.terminate().map_err(|e| Failure::doing(format_args!("stop pid {}", state.pid), &e))?;
-    let end = wait(&server, &state, force).map_err(|e| Failure::doing("wait for the server", &e))?;
+    let end = wait(server, state, force).map_err(|e| Failure::doing("wait for the server", &e))?;
     drop(claim);
     // It takes its state file away as its last step.
     let books = dir.lock()?;
-    let Some(left) = books.reread(&state) else {
-        return match state.transport.wait_until_gone(&state) {
+    let Some(left) = books.reread(state) else {
+        return match state.transport.wait_until_gone(state) {
             Err(failure) if force => {
                 crate::notice(&failure.to_string());
                 Ok(())
@@ -166,26 +172,32 @@ fn detach(dir: &StateDir, state: State, force: bool) -> Result<()> {
 enum Unflushed {
     Failed(File, io::Error),
     /// Its server has died meanwhile.
-    Dead,
+    Dead(Flushing),
 }
 
-/// Flushes a device, for as long as it has a server: without one the flush waits for the next, and nobody else may be about to start
-/// that.
-fn flush(device: File, server: &Process) -> std::result::Result<File, Unflushed> {
-    let (tell, told) = mpsc::channel();
-    thread::spawn(move || {
-        let flushed = device.sync_all();
-        let _ = tell.send((device, flushed));
-    });
-    loop {
-        match told.recv_timeout(Duration::from_millis(50)) {
-            Ok((device, Ok(()))) => return Ok(device),
-            Ok((device, Err(e))) => return Err(Unflushed::Failed(device, e)),
-            Err(RecvTimeoutError::Disconnected) => return Err(Unflushed::Dead),
-            Err(RecvTimeoutError::Timeout) if server.wait(Duration::ZERO).unwrap_or(false) => {
-                return Err(Unflushed::Dead);
+/// A flush of a device, which holds the device for itself meanwhile.
+struct Flushing(Receiver<(File, io::Result<()>)>);
+
+impl Flushing {
+    fn start(device: File) -> Self {
+        let (tell, told) = mpsc::channel();
+        thread::spawn(move || {
+            let flushed = device.sync_all();
+            let _ = tell.send((device, flushed));
+        });
+        Self(told)
+    }
+
+    /// Waits for the flush for as long as there is a server: without one it waits for the next, and nobody else may be about to start
+    /// that.
+    fn wait(self, server: &Process) -> std::result::Result<File, Unflushed> {
+        loop {
+            match self.0.recv_timeout(Duration::from_millis(50)) {
+                Ok((device, Ok(()))) => return Ok(device),
+                Ok((device, Err(e))) => return Err(Unflushed::Failed(device, e)),
+                Err(RecvTimeoutError::Timeout) if !server.wait(Duration::ZERO).unwrap_or(false) => {}
+                Err(_) => return Err(Unflushed::Dead(self)),
             }
-            Err(RecvTimeoutError::Timeout) => {}
         }
     }
 }
@@ -207,13 +219,14 @@ fn is_poisoned(dir: &StateDir, state: &State) -> bool {
 }
 
 /// The server is dead; the device may still be there, and wait for another server.
-fn detach_dead(dir: &StateDir, state: &State, force: bool) -> Result<()> {
+/// Of a device that this process is flushing since before, `flushing` is the flush.
+fn detach_dead(dir: &StateDir, state: &State, force: bool, flushing: Option<Flushing>) -> Result<()> {
     let books = dir.lock()?;
     let Some(state) = books.reread(state) else {
         drop(books);
         // Somebody else was faster: the device is gone, and its number may be another's, or it has another server.
         let next = dir.list()?.into_iter().find(|s| s.device == state.device && s.resume.cookie == state.resume.cookie);
-        return next.map_or(Ok(()), |state| detach(dir, state, force));
+        return next.map_or(Ok(()), |state| detach_next(dir, state, force, flushing));
     };
     let waits = state.transport.is_waiting(&state)?;
     // Looked up without opening the device: an open could hang, as nobody answers.
@@ -234,7 +247,7 @@ fn detach_dead(dir: &StateDir, state: &State, force: bool) -> Result<()> {
     if waits && !force {
         // What is written to it may wait in the kernel, for somebody who has closed it already.
         drop(books);
-        return detach_served(dir, &recover::go_on(&state)?);
+        return detach_served(dir, &recover::go_on(&state)?, flushing);
     }
     clear(&books, &state)?;
     drop(books);
@@ -249,11 +262,21 @@ fn detach_dead(dir: &StateDir, state: &State, force: bool) -> Result<()> {
 }
 
 /// Detaches a device that was dead and is served now.
-fn detach_served(dir: &StateDir, device: &Path) -> Result<()> {
+fn detach_served(dir: &StateDir, device: &Path, flushing: Option<Flushing>) -> Result<()> {
     let served = dir.list()?.into_iter().find(|state| state.device == device);
     match served {
-        Some(state) if state.process()?.is_some() => detach(dir, state, false),
+        Some(state) if state.process()?.is_some() => detach_next(dir, state, false, flushing),
         _ => Err(Failure::new("its next server died as well").hint("try again, or use --force")),
+    }
+}
+
+/// Detaches what has another server by now.
+fn detach_next(dir: &StateDir, state: State, force: bool, flushing: Option<Flushing>) -> Result<()> {
+    match (flushing, state.process()?) {
+        // Another claim would find this one in its way.
+        (Some(flushing), Some(server)) => end(dir, &state, &server, force, Some(flushing)),
+        (Some(flushing), None) => detach_dead(dir, &state, force, Some(flushing)),
+        (None, _) => detach(dir, state, force),
     }
 }
 

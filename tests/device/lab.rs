@@ -220,7 +220,7 @@ pub(crate) fn listed(lab: &Lab) -> Vec<serde_json::Value> {
 pub(crate) fn assert_nothing_left(lab: &Lab) {
     assert_eq!(listed(lab), [serde_json::Value::Null; 0]);
     assert_eq!(lab.sh("ls -A --ignore ledgers /run/vdisk 2>/dev/null || true"), "", "state files");
-    assert_eq!(lab.sh(&format!("pgrep -fa '^{VDISK} attach' || true")), "", "processes");
+    assert_eq!(lab.sh(&format!("pgrep -fa '^({VDISK}|vdisk --ready-pipe) (attach|recover)' || true")), "", "processes");
     assert_eq!(lab.sh("ls -d /dev/ublkb* /dev/ublkc* 2>/dev/null || true"), "", "nodes");
     assert_eq!(lab.sh("cat /sys/block/nbd*/size 2>/dev/null | grep -v '^0$' || true"), "", "nbd devices in use");
     assert_eq!(lab.sh("ls -d /dev/nbd*p* 2>/dev/null || true"), "", "nbd partitions");

@@ -178,6 +178,11 @@ fn run(plan: Plan, added: impl FnOnce(&Added), ready: impl FnOnce(&Device)) -> R
     }
     match events.recv() {
         Ok(Event::Ended(result)) => result,
+        // To have it written back, or stopped, takes a queue that is served. The next server has no such trouble, perhaps.
+        Ok(Event::Fault(e)) if control::status(id).is_ok_and(|s| s.is_some_and(|s| s.recoverable)) => {
+            tracing::error!(device = id, "{e}: the device is left to its next server");
+            Err(e.may_live())
+        }
         Ok(Event::Fault(e)) => Err(abandon(id, &stop, &events, e)),
         Ok(Event::Added(..) | Event::Live) | Err(_) => Err(abandon(id, &stop, &events, ended_early())),
     }

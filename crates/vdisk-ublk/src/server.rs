@@ -160,8 +160,10 @@ impl Plan {
                     tracing::error!(device = id, "is not let go of: it would not wait for another server");
                 }
                 Word::Stop => {
-                    // The driver fails what comes after STOP_DEV, if the device could be recovered.
-                    node::write_back(id);
+                    // The driver fails what comes after STOP_DEV, if the device could be recovered. Others it has written back itself.
+                    if info.flags & RECOVERY == RECOVERY {
+                        node::write_back(id);
+                    }
                     queues.stop(control);
                     break;
                 }
