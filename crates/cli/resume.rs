@@ -116,7 +116,8 @@ impl State {
             .hint(format_args!("vdisk recover {device} goes on with it, vdisk detach {device} removes it")));
         }
         let changed = image.disk.info().content_id.is_some_and(|id| !self.resume.content_ids.contains(&id.0));
-        let what = if let Some(why) = &self.poisoned {
+        let marked = StateDir::host().why_poisoned(self.resume.cookie);
+        let what = if let Some(why) = self.poisoned.as_ref().or(marked.as_ref()) {
             format!("a sync had failed ({why})")
         } else if self.resume.files != image.written_files() {
             "is another file than the one that was served".to_owned()

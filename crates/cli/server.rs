@@ -100,7 +100,7 @@ fn serve(args: &Args, wanted: Option<&State>, held: signals::Held, session: &Arc
     }
     state.resume = state.resume.with_ledger_of(&image);
 
-    watch_for_poison(&image, session)?;
+    watch_for_poison(&image, &state, session)?;
     let mut served = Ok(End::Gone);
     let mut may_close = true;
     // One that waits is served first, and its requests with it, whatever is to become of it.
@@ -155,7 +155,14 @@ fn open(args: &Args, path: &Path, session: &Mutex<Session>) -> Result<Opened> {
 }
 
 /// Has the books say when a sync has failed, from a thread of its own: whoever serves must not wait for the books.
-fn watch_for_poison(image: &Opened, session: &Arc<Mutex<Session>>) -> Result<()> {
+fn watch_for_poison(image: &Opened, state: &State, session: &Arc<Mutex<Session>>) -> Result<()> {
+    let (dir, cookie) = (lock(session).dir, state.resume.cookie);
+    image.disk.on_poison(move |why| {
+        // Without the books' lock, which others may hold for long.
+        if let Err(failure) = dir.mark_poisoned(cookie, why) {
+            tracing::error!("{failure}");
+        }
+    });
     let (disk, session) = (Arc::clone(&image.disk), Arc::clone(session));
     let watch = move || {
         let why = block_on(disk.poisoned());

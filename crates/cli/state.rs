@@ -160,6 +160,22 @@ impl StateDir {
         Ok(Books { dir: self, lock })
     }
 
+    /// Notes that a sync of a device's image has failed. Without a lock, and before the sync is answered: a next server must not believe in
+    /// one that succeeds.
+    pub(crate) fn mark_poisoned(&self, cookie: u64, why: &str) -> Result<()> {
+        let mark = self.mark(cookie);
+        write_new(&mark, why.as_bytes()).map_err(|e| Failure::doing(format_args!("write {}", mark.display()), &e))
+    }
+
+    /// What [`StateDir::mark_poisoned`] noted.
+    pub(crate) fn why_poisoned(&self, cookie: u64) -> Option<String> {
+        fs::read(self.mark(cookie)).ok().map(|why| String::from_utf8_lossy(&why).into_owned())
+    }
+
+    fn mark(&self, cookie: u64) -> PathBuf {
+        self.0.join(format!("{cookie:016x}.poisoned"))
+    }
+
     /// All that is attached, by device name. A file that cannot be read is reported on stderr and left out.
     pub(crate) fn list(&self) -> Result<Vec<State>> {
         let (states, unread) = self.read_all()?;
@@ -230,10 +246,12 @@ impl Books<'_> {
     pub(crate) fn remove(&self, state: &State) -> Result<()> {
         let file = self.dir.file(state);
         let removed = match read(&file) {
-            Ok(found) if !found.is_of_same_process(state) => Ok(()),
+            // It may be the next server of the same device.
+            Ok(found) if !found.is_of_same_process(state) => return Ok(()),
             Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
             _ => fs::remove_file(&file),
         };
+        let _ = fs::remove_file(self.dir.mark(state.resume.cookie));
         removed.map_err(|e| Failure::doing(format_args!("remove {}", file.display()), &e))
     }
 

@@ -78,6 +78,12 @@ impl Disk {
         self.rounds.poisoned().await
     }
 
+    /// Has `tell` called, once, when a sync has failed, before any request is answered by that: whoever goes on with the image must know
+    /// of it, even if this process dies in the next moment. It must not wait for anybody.
+    pub fn on_poison(&self, tell: impl Fn(&str) + Send + Sync + 'static) {
+        self.rounds.on_poison(tell);
+    }
+
     /// Serves one request. `buf` holds at least `request.len()` bytes from its byte 0 on for reads and writes and is
     /// not looked at otherwise.
     ///

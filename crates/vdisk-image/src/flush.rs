@@ -12,7 +12,7 @@ use crate::table::{Entries, SECTOR_ENTRIES, Table, TableCopy};
 use crate::wait::{WaitList, locked, until, wake};
 use futures_util::future::join_all;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 
 /// One step towards durability.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -237,6 +237,20 @@ pub(crate) struct Rounds {
     state: Mutex<RoundState>,
     /// A sync did not succeed: what is durable is not known any more.
     poisoned: AtomicBool,
+    /// Told of it before anybody else.
+    on_poison: OnPoison,
+}
+
+/// Who is told first that a sync has failed, and why.
+#[derive(Default)]
+pub(crate) struct OnPoison(OnceLock<Tell>);
+
+type Tell = Box<dyn Fn(&str) + Send + Sync>;
+
+impl std::fmt::Debug for OnPoison {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_tuple("OnPoison").field(&self.0.get().is_some()).finish()
+    }
 }
 
 #[derive(Debug, Default)]
@@ -310,6 +324,9 @@ impl Rounds {
     /// A sync failed. What the kernel dropped then cannot be known, and a second sync would say that all is well: not a word of it is
     /// believed until the image is opened again.
     pub(crate) fn poison(&self, why: String) {
+        if let (Some(tell), false) = (self.on_poison.0.get(), self.is_poisoned()) {
+            tell(&why);
+        }
         let mut state = locked(&self.state);
         let why: Arc<str> = why.into();
         state.poison.get_or_insert(why);
@@ -317,6 +334,12 @@ impl Rounds {
         let wakers = state.waiting_for_poison.take();
         drop(state);
         wake(wakers);
+    }
+
+    /// Has `tell` called before a failed sync is answered; the first such wish counts.
+    pub(crate) fn on_poison(&self, tell: impl Fn(&str) + Send + Sync + 'static) {
+        // It can only be refused if there is one.
+        let _ = self.on_poison.0.set(Box::new(tell));
     }
 
     /// Why it is poisoned, once it is.

@@ -163,3 +163,28 @@ fn what_a_failed_sync_has_lost_is_not_forgotten_by_the_second_recovery() {
     }
     host.end();
 }
+
+/// An image without tables has no ledger that would say so, and the books are in somebody else's hands for as long as the server lives.
+#[test]
+fn a_failed_sync_of_a_raw_image_is_known_whenever_the_server_dies() {
+    let Some(lab) = lab() else { return };
+    let Some(host) = Host::new(&lab) else { return };
+    lab.sh("head -c 1M /dev/urandom > data; head -c 16M /dev/urandom > host/disk.img; sync host/disk.img");
+    let device = lab.attach("--direct-io off host/disk.img");
+    host.break_at("host/disk.img", 4 << 20, 65536);
+    lab.sh(
+        "(set +e; flock -o /run/vdisk.lock sh -c 'touch locked; exec sleep 1000' & echo $! > locker) >/dev/null 2>&1",
+    );
+    wait_until("the books are locked", || lab.try_sh("[ -e locked ]").status.success());
+    assert!(!lab.write_at(&device, 4, 64, true).status.success(), "a flush of bad sectors succeeded");
+    lab.kill();
+    lab.sh("pkill -P $(cat locker); rm locked");
+    host.mend();
+    let said = lab.refused(&format!("recover {}", device.path));
+    assert!(said.contains("a sync had failed"), "{said}");
+    lab.sh(&format!("$vdisk detach --force {}", device.path));
+    std::mem::forget(device);
+    assert_nothing_left(&lab);
+    lab.sh("rm host/disk.img");
+    host.end();
+}
