@@ -234,14 +234,17 @@ fn a_take_over_that_is_cut_short_can_be_done_again_where_the_kernel_can() {
     lab.kill();
     let books = lab.books(&device.path);
     let begun = || lab.sh(&format!("jq .resume.begun {books}")) == "true";
-    // Once before the driver is told, then after: bash's own read, for the moment is short.
-    for moment in ["taking_over", "begun", "begun", "begun"] {
+    // Once before the driver is told, then after. By nothing but bash itself: the moment is short.
+    for moment in ["taking_over", "begun", "begun", "begun", "begun", "begun"] {
         lab.sh(&format!(
             r#"old=$(jq .pid {books}); $vdisk recover {} >/dev/null 2>&1 & recover=$!
-             until read -r text <{books}; [[ $text != *"\"pid\":$old,"* && $text = *'"{moment}":true'* ]]; do
+             pid=$old text=
+             until [[ $pid != $old && $text = *'"{moment}":true'* ]]; do
                  kill -0 $recover 2>/dev/null || break
+                 read -r text <{books} || true
+                 [[ $text =~ \"pid\":([0-9]+) ]] && pid=${{BASH_REMATCH[1]}}
              done
-             kill -KILL $(jq .pid {books}) 2>/dev/null || true; wait $recover || true"#,
+             kill -KILL $pid 2>/dev/null || true; wait $recover || true"#,
             device.path
         ));
         wait_until("it is dead again", || lab.states() == ["dead"]);
