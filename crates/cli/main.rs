@@ -14,6 +14,7 @@ mod compact;
 mod detach;
 mod failure;
 mod hygiene;
+mod identity;
 mod in_use;
 mod info;
 mod ledger;

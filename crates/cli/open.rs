@@ -11,6 +11,7 @@ use vdisk_image::{Disk, DiskError, ErrorKind, Fault, FileId, FileIo, Flags, Geom
 use vdisk_io::{BlockingIo, FileSet, HostFiles, OpenMode, block_on};
 
 use crate::failure::{Failure, Result, chain};
+use crate::identity::Identity;
 use crate::location::Location;
 use crate::options::{DirectIo, FormatChoice, ImageOptions, LookOptions, Zeroout};
 use crate::overlay::{self, Overlay};
@@ -83,7 +84,8 @@ impl Opened {
         }
     }
 
-    /// Opens an image that a server which was killed may have locked until its last I/O is over: `is_dying` says whether.
+    /// Opens an image that a server which was killed may have locked until its last I/O is over: `is_dying` says whether, and may take
+    /// its time.
     pub(crate) fn open_after(
         options: &ImageOptions,
         direct: DirectIo,
@@ -159,9 +161,14 @@ impl Opened {
                 Some("use --read-only") => None,
                 hint => hint,
             };
-            OpenFailure { hint, ..failure }.naming(&StateDir::host().list().unwrap_or_default(), &real, "")
+            OpenFailure { hint, ..failure }.naming(
+                &StateDir::host().list().unwrap_or_default(),
+                &Identity::at(&real),
+                "",
+            )
         })?;
-        resume::refuse_waiting(&real)?;
+        let image = opened.as_ref().map_or_else(|_| Identity::at(&real), |opened| Identity::of(&real, opened));
+        resume::refuse_waiting(&image)?;
         if let Ok(opened) = &opened {
             opened.check_recovered()?;
         }
@@ -190,9 +197,19 @@ impl Opened {
         Ok(Self::of(files, disk).map_err(|e| Unopened(e, overlay.clone())))
     }
 
-    /// The files that changes go to, by device and inode. Block devices have no such name.
+    /// The files of the image and of all below it, by device and inode. Block devices have no such name.
+    pub(crate) fn all_files(&self) -> Vec<(u64, u64)> {
+        self.files.iter().filter_map(|(_, file)| file.dev_and_ino()).collect()
+    }
+
+    /// Those that changes go to.
     pub(crate) fn written_files(&self) -> Vec<(u64, u64)> {
         self.files.iter().filter(|(_, file)| file.is_writable()).filter_map(|(_, file)| file.dev_and_ino()).collect()
+    }
+
+    /// The one that is named to open it.
+    pub(crate) fn first_file(&self) -> Option<(u64, u64)> {
+        self.files.iter().find(|(id, _)| *id == FileId(0)).and_then(|(_, file)| file.dev_and_ino())
     }
 
     fn of(files: HostFiles, disk: Result<Disk, DiskError>) -> Result<Self, DiskError> {
@@ -330,10 +347,9 @@ impl OpenFailure {
         Self { plain: Failure::new(text), busy: kind == ErrorKind::Busy, hint: hint(kind, text) }
     }
 
-    /// With what to do about it: if a device holds the image, whose real path is `image`, that it is to be detached `or` what else.
-    pub(crate) fn naming(self, states: &[State], image: &Path, or: &str) -> Failure {
-        let image = image.to_string_lossy();
-        match states.iter().find(|s| self.busy && s.image == image && s.is_live()) {
+    /// With what to do about it: if a device holds the image, that it is to be detached `or` what else.
+    pub(crate) fn naming(self, states: &[State], image: &Identity, or: &str) -> Failure {
+        match states.iter().find(|s| self.busy && image.is_of(s) && s.is_live()) {
             Some(State { device, pid, .. }) => {
                 let device = device.display();
                 self.plain.hint(format_args!("attached as {device} by pid {pid}: vdisk detach it first{or}"))

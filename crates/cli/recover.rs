@@ -3,15 +3,17 @@
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use vdisk_io::{BlockingIo, block_on};
 
 use crate::failure::{Failure, Result};
+use crate::identity::Identity;
 use crate::location::Location;
 use crate::open::{Opened, real_path};
 use crate::options::{DirectIo, ImageOptions};
 use crate::overlay::Overlay;
+use crate::process::Process;
 use crate::report::Reporter;
 use crate::state::{State, StateDir};
 use crate::transport::Transport;
@@ -45,8 +47,11 @@ pub(crate) struct Args {
 
 /// How long the end of a server may take that was killed just now.
 const DYING: Duration = Duration::from_secs(3);
-/// How long a server may take to let go: it gives up after 30 s, and then flushes.
+/// How long a server may take to let go. It gives up after 30 s.
 const LETTING_GO: Duration = Duration::from_secs(90);
+/// After this the user is told what is waited for.
+const PATIENCE: Duration = Duration::from_secs(5);
+const STEP: Duration = Duration::from_millis(200);
 
 pub(crate) fn run(args: &Args, verbose: bool, ready_pipe: bool) -> Result<()> {
     if ready_pipe {
@@ -118,12 +123,12 @@ fn find(args: &Args) -> Result<Option<State>> {
     let options = options(args);
     // A missing image is told by whoever opens it, but for one whose device is there.
     let path = real_path(&options).or_else(|failure| std::path::absolute(&args.image).map_err(|_| failure))?;
+    let image = Identity::at(&path);
     if args.upgrade {
-        let image = path.to_string_lossy();
-        let state = states.into_iter().find(|s| s.image == image);
+        let state = states.into_iter().find(|s| image.is_of(s));
         return state.map(Some).ok_or_else(|| Failure::new("is not attached").hint("vdisk list shows what is"));
     }
-    resume::device_of(&path)
+    resume::device_of(&image)
 }
 
 fn options(args: &Args) -> ImageOptions {
@@ -132,7 +137,7 @@ fn options(args: &Args) -> ImageOptions {
 }
 
 /// Has a living server let go of its device, if another one can be expected to go on.
-fn upgrade(state: &State, server: &crate::process::Process) -> Result<()> {
+fn upgrade(state: &State, server: &Process) -> Result<()> {
     let device = state.device.display();
     let no = |why: String| Err(Failure::new(format!("{device} stays with its server, pid {}: {why}", state.pid)));
     if state.transport != Transport::Ublk {
@@ -157,15 +162,39 @@ fn upgrade(state: &State, server: &crate::process::Process) -> Result<()> {
     if let Err(e) = std::fs::metadata(image.path()) {
         return no(format!("{}: {}", image.path().display(), crate::failure::chain(&e)));
     }
+    // Not to be ended from here on before there is another server: whoever uses the device waits for that.
+    crate::signals::hold(false).map_err(|e| Failure::doing("block signals", &e))?;
     server.let_go().map_err(|e| Failure::doing(format_args!("signal pid {}", state.pid), &e))?;
-    match server.wait(LETTING_GO) {
-        Ok(true) => Ok(()),
-        Ok(false) => {
-            let text = format!("pid {} has not let go of {device} within {} s", state.pid, LETTING_GO.as_secs());
-            Err(Failure::new(text).hint(format_args!("if vdisk list comes to say dead, vdisk recover {device}")))
+    await_end(state, server)
+}
+
+/// Waits for the end of a server that was told to let go: for as long as it takes, once it has.
+fn await_end(state: &State, server: &Process) -> Result<()> {
+    let ended = |limit| server.wait(limit).map_err(|e| Failure::doing("wait for the server", &e));
+    let begun = Instant::now();
+    let mut told = false;
+    while !ended(STEP)? {
+        if !told && begun.elapsed() >= PATIENCE {
+            crate::notice(&format!(
+                "waiting for pid {} to finish what is under way and to close {}",
+                state.pid, state.image
+            ));
+            told = true;
         }
-        Err(e) => Err(Failure::doing("wait for the server", &e)),
+        if begun.elapsed() >= LETTING_GO && !has_let_go(state)? {
+            let device = state.device.display();
+            let text = format!("pid {} has not let go of {device} within {} s", state.pid, LETTING_GO.as_secs());
+            return Err(Failure::new(text)
+                .hint(format_args!("why, its log says; if vdisk list comes to say dead, vdisk recover {device}")));
+        }
     }
+    Ok(())
+}
+
+/// Whether the books say so.
+fn has_let_go(state: &State) -> Result<bool> {
+    let (states, _) = StateDir::host().read_all()?;
+    Ok(states.iter().any(|s| s.device == state.device && s.pid == state.pid && s.resume.letting_go))
 }
 
 fn recover_image(args: &Args) -> Result<()> {

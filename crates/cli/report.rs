@@ -72,6 +72,17 @@ impl Reporter {
         Ok(())
     }
 
+    /// As [`Self::ready`], of a device that is served whether anybody hears of it or not.
+    pub(crate) fn ready_anyway(&mut self, device: &Path, stop: &Stop) {
+        if let Err(failure) = self.ready(device, stop) {
+            tracing::error!("{failure}");
+            if !self.background {
+                crate::service::tell_ready();
+            }
+            self.reported = true;
+        }
+    }
+
     /// The device could not be made: to be told by the waiting command. In the foreground, `main` tells it.
     pub(crate) fn failed(&mut self, failure: &Failure) -> io::Result<()> {
         let (no_transport, text) = (failure.exit == Exit::NoTransport, failure.to_string());

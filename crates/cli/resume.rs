@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::attach::Args;
 use crate::failure::{Failure, Result};
+use crate::identity::Identity;
 use crate::open::Opened;
 use crate::options::{DirectIo, ImageOptions, ZeroCopy};
 use crate::overlay::Overlay;
@@ -34,14 +35,17 @@ pub(crate) struct Resume {
     pub(crate) cookie: u64,
     /// The image has one of these, or somebody else has changed it.
     content_ids: Vec<u32>,
-    /// Its files that are written, by device and inode: a copy of them is not what the server had.
-    files: Vec<(u64, u64)>,
+    /// Its files, the one that is named first, and those below it, by device and inode: a copy of them is not what the server had.
+    pub(crate) files: Vec<(u64, u64)>,
     /// Why no other server can go on with what this one has answered.
     pub(crate) impossible: Option<String>,
     /// A server is taking the device over.
     pub(crate) taking_over: bool,
     /// It has told the driver.
     pub(crate) begun: bool,
+    /// The server has let go of the device, and ends as soon as the image is closed.
+    #[serde(default)]
+    pub(crate) letting_go: bool,
 }
 
 impl Resume {
@@ -52,10 +56,11 @@ impl Resume {
             direct_io,
             cookie: cookie(),
             content_ids: image.disk.content_ids().map(|id| id.0).collect(),
-            files: image.written_files(),
+            files: image.all_files(),
             impossible: None,
             taking_over: false,
             begun: false,
+            letting_go: false,
         }
     }
 
@@ -119,7 +124,7 @@ impl State {
         let marked = StateDir::host().why_poisoned(self.resume.cookie);
         let what = if let Some(why) = self.poisoned.as_ref().or(marked.as_ref()) {
             format!("a sync had failed ({why})")
-        } else if self.resume.files != image.written_files() {
+        } else if self.resume.files != image.all_files() {
             "is another file than the one that was served".to_owned()
         } else if changed {
             "was changed by another program since its server died".to_owned()
@@ -134,17 +139,16 @@ impl State {
 
 /// The device of an image that would outlive its server and is there: first of all one whose server is dead. Needs no privileges: the
 /// driver takes the devices away that do not wait.
-pub(crate) fn device_of(image: &Path) -> Result<Option<State>> {
-    let image = image.to_string_lossy();
+pub(crate) fn device_of(image: &Identity) -> Result<Option<State>> {
     let is_there = |s: &State| {
         let there = Path::new("/sys/block").join(s.device_name()).exists();
-        s.transport == Transport::Ublk && s.image == image && !s.device_gone && there
+        s.transport == Transport::Ublk && image.is_of(s) && !s.device_gone && there
     };
     Ok(StateDir::host().list()?.into_iter().filter(is_there).min_by_key(State::is_live))
 }
 
 /// Refuses to change an image under a device that waits. The image is locked: if there is a server, it is about to end.
-pub(crate) fn refuse_waiting(image: &Path) -> Result<()> {
+pub(crate) fn refuse_waiting(image: &Identity) -> Result<()> {
     let Some(state) = device_of(image)? else { return Ok(()) };
     let device = state.device.display();
     Err(Failure::new(format!("{device} waits for its next server, and this would change its image"))
@@ -203,6 +207,7 @@ impl Resume {
             impossible: None,
             taking_over: false,
             begun: false,
+            letting_go: false,
         }
     }
 }

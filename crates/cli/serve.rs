@@ -6,6 +6,7 @@ use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 
 use crate::failure::{Failure, Result};
+use crate::identity::Identity;
 use crate::open::{Opened, real_path};
 use crate::options::{DirectIo, ImageOptions};
 use crate::signals::{self, Stop};
@@ -42,7 +43,7 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     logging::to_stderr(verbose);
     let mut image = Opened::open(&args.image, DirectIo::Off)?;
     if !args.image.read_only {
-        crate::resume::refuse_waiting(&real_path(&args.image)?)?;
+        crate::resume::refuse_waiting(&Identity::of(&real_path(&args.image)?, &image))?;
     }
     let taken_over = image.keep_ledger(&args.image)?;
     let stop = Stop::default();

@@ -10,8 +10,8 @@ use crate::failure::{Failure, Result, chain};
 use crate::open::Opened;
 use crate::options::ZeroCopy;
 use crate::signals::Stop;
-use crate::state::State;
-use crate::transport::{Callbacks, DeviceOptions, End, ServeFailure};
+use crate::state::{State, StateDir};
+use crate::transport::{Callbacks, DeviceOptions, End, ServeFailure, WhyKept};
 
 /// How long the driver may take to notice that a server is dead. Before Linux 6.15 that may be the time-out of a request, 30 s.
 const NOTICING: Duration = Duration::from_secs(90);
@@ -41,24 +41,29 @@ pub(crate) fn serve(
         ..Default::default()
     };
     let (disk, files) = (Arc::clone(&image.disk), Arc::clone(&image.files));
-    let added = |device: &Added| (callbacks.added)(&device.path);
-    let ready = |device: &Device| (callbacks.ready)(&device.path, Vec::new());
-    ended(vdisk_ublk::serve(disk, files, &options, added, ready, armed(stop)))
+    let Callbacks { added, ready, kept } = callbacks;
+    let added = |device: &Added| added(&device.path);
+    let ready = |device: &Device| ready(&device.path, Vec::new());
+    ended(vdisk_ublk::serve(disk, files, &options, added, ready, armed(stop, kept)))
 }
 
 /// Goes on with a device that waits.
 pub(crate) fn take_over(image: &Opened, id: u32, callbacks: Callbacks, stop: &Stop) -> Result<End, ServeFailure> {
     let (disk, files) = (Arc::clone(&image.disk), Arc::clone(&image.files));
-    let begin = |device: &Added| (callbacks.added)(&device.path);
-    let ready = |device: &Device| (callbacks.ready)(&device.path, Vec::new());
-    ended(vdisk_ublk::take_over(disk, files, id, begin, ready, armed(stop)))
+    let Callbacks { added, ready, kept } = callbacks;
+    let begin = |device: &Added| added(&device.path);
+    let ready = |device: &Device| ready(&device.path, Vec::new());
+    ended(vdisk_ublk::take_over(disk, files, id, begin, ready, armed(stop, kept)))
 }
 
-fn armed(stop: &Stop) -> vdisk_ublk::Stop {
+fn armed(stop: &Stop, kept: WhyKept) -> vdisk_ublk::Stop {
     let device_stop = vdisk_ublk::Stop::new();
     let (to_stop, to_let_go) = (device_stop.clone(), device_stop.clone());
     stop.arm(move || to_stop.trigger());
-    stop.arm_let_go(move || to_let_go.let_go());
+    stop.arm_let_go(move || match kept() {
+        None => to_let_go.let_go(),
+        Some(why) => tracing::error!("the device is not let go of, another server could not go on with it: {why}"),
+    });
     device_stop
 }
 
@@ -84,22 +89,35 @@ fn status(id: u32, state: &State) -> Result<Option<vdisk_ublk::Status>> {
     }
 }
 
-/// Whether the device waits for another server, its own being dead.
-pub(crate) fn is_waiting(id: u32, state: &State) -> Result<bool> {
+/// Whether the device waits for another server, its own being dead; `None`: the driver has not noticed that yet.
+pub(crate) fn waits(id: u32, state: &State) -> Result<Option<bool>> {
     if state.device_gone {
-        return Ok(false);
+        return Ok(Some(false));
     }
+    Ok(match status(id, state)?.map(|s| s.state) {
+        Some(vdisk_ublk::State::Quiesced) => Some(true),
+        Some(vdisk_ublk::State::Live) => None,
+        _ => Some(false),
+    })
+}
+
+/// The same, once the driver has noticed. Whoever holds the books then has everybody wait.
+pub(crate) fn is_waiting(id: u32, state: &State) -> Result<bool> {
     let deadline = Instant::now() + NOTICING;
     loop {
-        match status(id, state)?.map(|s| s.state) {
-            Some(vdisk_ublk::State::Quiesced) => return Ok(true),
-            Some(vdisk_ublk::State::Live) if Instant::now() < deadline => thread::sleep(STEP),
-            Some(vdisk_ublk::State::Live) => {
-                let text = format!("the driver does not notice that the server of {} is dead", state.device.display());
-                return Err(Failure::new(text));
-            }
-            _ => return Ok(false),
+        if let Some(waits) = waits(id, state)? {
+            return Ok(waits);
         }
+        let device = state.device.display();
+        // Live, because another has taken it over?
+        let (states, _) = StateDir::host().read_all()?;
+        if let Some(other) = states.iter().find(|s| s.device == state.device && s.pid != state.pid && s.is_live()) {
+            return Err(Failure::new(format!("{device} is served by pid {}", other.pid)));
+        }
+        if Instant::now() >= deadline {
+            return Err(Failure::new(format!("the driver does not notice that the server of {device} is dead")));
+        }
+        thread::sleep(STEP);
     }
 }
 

@@ -2,14 +2,17 @@
 
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
 use std::{env, fs, thread};
 
 use vdisk_io::block_on;
 
 use crate::attach::Args;
 use crate::failure::{Failure, Result};
+use crate::identity::Identity;
 use crate::open::{self, Opened};
 use crate::options::DirectIo;
+use crate::process::Process;
 use crate::report::Reporter;
 use crate::resume::{self, Resume};
 use crate::session::Session;
@@ -17,6 +20,11 @@ use crate::signals::{self, Stop};
 use crate::state::{State, StateDir};
 use crate::transport::{Callbacks, End, Transport};
 use crate::{hygiene, logging};
+
+/// How long the end of a server may take that was killed just now.
+const LAST_BREATH: Duration = Duration::from_secs(3);
+/// How often it is tried to enter in the books that a device was taken over.
+const AGAIN: Duration = Duration::from_secs(1);
 
 /// Serves until SIGTERM or SIGINT: a new device, or one of the image that waits for a server, which may be `wanted`. In the background,
 /// the waiting command gets the report, success or not.
@@ -87,7 +95,7 @@ fn serve(args: &Args, wanted: Option<&State>, held: signals::Held, session: &Arc
     let _ = env::set_current_dir("/");
     let stop = Stop::default();
     held.on_end(stop.clone()).map_err(|e| Failure::doing("start a thread", &e))?;
-    let waiting = lock(session).claim_books(&path, args, wanted)?;
+    let waiting = lock(session).claim_books(&Identity::of(&path, &image), args, wanted)?;
     let (log, resume) = (lock(session).log.clone(), Resume::new(kept, args.direct_io, &image));
     let mut state = State::of_this_process(transport, &path, image.geometry(), log, resume)?;
     if let Some(dead) = &waiting {
@@ -106,7 +114,7 @@ fn serve(args: &Args, wanted: Option<&State>, held: signals::Held, session: &Arc
     // One that waits is served first, and its requests with it, whatever is to become of it.
     if !stop.is_given() || waiting.is_some() {
         let (server, options) = (state.clone(), args.device_options(&state.resume));
-        let calls = callbacks(session, state, &stop);
+        let calls = callbacks(&image, session, state, &stop);
         let ended = match &waiting {
             Some(dead) => transport.take_over(&image, dead, calls, &stop),
             None => transport.serve(&image, &server.server(), options, calls, &stop),
@@ -116,6 +124,9 @@ fn serve(args: &Args, wanted: Option<&State>, held: signals::Held, session: &Arc
             lock(session).device_gone = e.device_gone;
             e.failure
         });
+    }
+    if let Ok(End::LetGo) = served {
+        lock(session).let_go();
     }
     let closed = if may_close { image.close() } else { image.flush() };
     if let (Err(first), Err(also)) = (&served, &closed) {
@@ -132,7 +143,6 @@ fn serve(args: &Args, wanted: Option<&State>, held: signals::Held, session: &Arc
     match failure.map_or(served, Err)? {
         End::Gone => closed,
         End::LetGo => {
-            session.let_go = true;
             // What is not in the image is in the ledger, for the next one.
             if let Err(failure) = closed {
                 tracing::error!("{}: {failure}", path.display());
@@ -146,12 +156,17 @@ fn serve(args: &Args, wanted: Option<&State>, held: signals::Held, session: &Arc
 
 /// Opens and locks the image.
 fn open(args: &Args, path: &Path, session: &Mutex<Session>) -> Result<Opened> {
-    let is_dying = || {
-        let image = path.to_string_lossy();
-        lock(session).dir.list().is_ok_and(|all| all.iter().any(|s| s.image == image && !s.is_live()))
+    let states = || lock(session).dir.read_all().unwrap_or_default().0;
+    let holder = Identity::at(path);
+    let patience = Instant::now() + LAST_BREATH;
+    // One that was killed this moment counts as live until its threads have ended.
+    let is_dying = |state: &State| {
+        let ended = |server: Process| server.wait(patience.saturating_duration_since(Instant::now())).unwrap_or(false);
+        !state.is_live() || state.process().ok().flatten().is_none_or(ended)
     };
-    let opened = Opened::open_after(&args.image, args.direct_io, is_dying);
-    opened.map_err(|failure| name_holder(failure, path, session))
+    let opened =
+        Opened::open_after(&args.image, args.direct_io, || states().iter().any(|s| holder.is_of(s) && is_dying(s)));
+    opened.map_err(|failure| failure.naming(&states(), &holder, ", or attach both with --read-only"))
 }
 
 /// Has the books say when a sync has failed, from a thread of its own: whoever serves must not wait for the books.
@@ -175,8 +190,26 @@ fn watch_for_poison(image: &Opened, state: &State, session: &Arc<Mutex<Session>>
     started.map(drop).map_err(|e| Failure::doing("start a thread", &e))
 }
 
+/// Enters in the books that the device was taken over as soon as they can be written: until then `detach` waits for that.
+fn enter_later(session: &Arc<Mutex<Session>>) {
+    let session = Arc::clone(session);
+    let again = move || {
+        loop {
+            thread::sleep(AGAIN);
+            match lock(&session).enter() {
+                Ok(()) => return tracing::info!("the device is in the books"),
+                Err(failure) => tracing::debug!("{failure}"),
+            }
+        }
+    };
+    if let Err(e) = thread::Builder::new().name("books".to_owned()).spawn(again) {
+        tracing::error!("start a thread: {e}");
+    }
+}
+
 /// What enters a device in the books and reports it; on a failure, the device is not wanted any more.
-fn callbacks(session: &Arc<Mutex<Session>>, mut state: State, stop: &Stop) -> Callbacks {
+fn callbacks(image: &Opened, session: &Arc<Mutex<Session>>, mut state: State, stop: &Stop) -> Callbacks {
+    let (disk, impossible) = (Arc::clone(&image.disk), state.resume.impossible.clone());
     let state_is_taken = state.resume.taking_over;
     let (adding, adding_stop) = (Arc::clone(session), stop.clone());
     let (making, making_stop) = (Arc::clone(session), stop.clone());
@@ -208,15 +241,15 @@ fn callbacks(session: &Arc<Mutex<Session>>, mut state: State, stop: &Stop) -> Ca
             if making_stop.is_given() {
                 return;
             }
-            if let Err(failure) = session.ready(device, notices, &making_stop) {
-                give_up(&mut session, failure, &making_stop);
+            match session.ready(device, notices, &making_stop) {
+                Ok(true) => {}
+                Ok(false) => enter_later(&making),
+                Err(failure) => give_up(&mut session, failure, &making_stop),
             }
         }),
+        kept: Box::new(move || {
+            let poisoned = disk.is_poisoned().then(|| "a sync of the image has failed".to_owned());
+            poisoned.or_else(|| impossible.clone())
+        }),
     }
-}
-
-/// Says which device holds the image, if it is one of ours.
-fn name_holder(failure: open::OpenFailure, path: &Path, session: &Mutex<Session>) -> Failure {
-    let states = lock(session).dir.list().unwrap_or_default();
-    failure.naming(&states, path, ", or attach both with --read-only")
 }

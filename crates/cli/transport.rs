@@ -57,10 +57,13 @@ pub(crate) struct Callbacks {
     pub(crate) added: OnAdded,
     /// It can be used; and what else there is to say.
     pub(crate) ready: OnReady,
+    /// Why no other server could go on with it, if it is to be let go of now.
+    pub(crate) kept: WhyKept,
 }
 
 type OnAdded = Box<dyn FnOnce(&Path) + Send>;
 type OnReady = Box<dyn FnOnce(&Path, Vec<String>) + Send>;
+pub(crate) type WhyKept = Box<dyn Fn() -> Option<String> + Send>;
 
 /// Which process serves which image: what a device is known by where the kernel keeps a name for us.
 pub(crate) struct ServerId<'a> {
@@ -159,7 +162,15 @@ impl Transport {
         taken.unwrap_or_else(|failure| Err(ServeFailure::before(failure)))
     }
 
-    /// Whether the device of a dead server waits for another one.
+    /// Whether the device of a dead server waits for another one; `None`: that cannot be said yet.
+    pub(crate) fn waits(self, dead: &State) -> Result<Option<bool>> {
+        match self {
+            Self::Ublk => serve_ublk::waits(self.number(dead)?, dead),
+            Self::Nbd | Self::Fuse => Ok(Some(false)),
+        }
+    }
+
+    /// The same, as soon as it can be said, which may take more than a minute.
     pub(crate) fn is_waiting(self, dead: &State) -> Result<bool> {
         match self {
             Self::Ublk => serve_ublk::is_waiting(self.number(dead)?, dead),

@@ -118,6 +118,15 @@ fn nothing_changes_an_image_under_a_device_that_waits() {
         let said = lab.refused(command);
         assert!(said.contains("waits for its next server"), "{said}");
     }
+    // By another name it is the same.
+    lab.sh("ln disk.vmdk other.vmdk");
+    for command in
+        ["serve other.vmdk --socket s", "compact other.vmdk", "check --repair other.vmdk", "attach other.vmdk"]
+    {
+        let said = lab.refused(command);
+        assert!(said.contains("waits for its next server") && said.contains(&device.path), "{said}");
+    }
+    lab.sh("rm other.vmdk");
     // A copy has its content ID, and is another file.
     lab.sh("mv disk.vmdk served; cp served disk.vmdk");
     let said = lab.refused(&format!("recover {}", device.path));
@@ -126,6 +135,25 @@ fn nothing_changes_an_image_under_a_device_that_waits() {
     lab.recover(&device.path);
     device.detach();
     lab.assert_clean();
+}
+
+#[test]
+fn another_file_of_the_same_size_is_not_taken_for_a_raw_image_that_was_only_read() {
+    let Some(lab) = lab() else { return };
+    lab.sh("head -c 8M /dev/urandom >disk.raw");
+    let device = lab.attach("-r disk.raw");
+    lab.kill();
+    lab.sh("mv disk.raw served; head -c 8M /dev/urandom >disk.raw");
+    for command in [format!("recover {}", device.path), "attach -r disk.raw".to_owned()] {
+        let said = lab.refused(&command);
+        assert!(said.contains("is another file than the one that was served"), "{said}");
+        assert_eq!(lab.states(), ["dead"]);
+    }
+    lab.sh("mv served disk.raw");
+    lab.recover(&device.path);
+    lab.sh(&format!("cmp disk.raw {}", device.path));
+    device.detach();
+    assert_nothing_left(&lab);
 }
 
 /// The host says once that it has lost something.
@@ -146,6 +174,12 @@ fn what_a_failed_sync_has_lost_is_not_forgotten_by_the_second_recovery() {
         if poisoned {
             assert!(!lab.write_at(&device, 4, 64, true).status.success(), "a flush of bad sectors succeeded");
             wait_until("list says poisoned", || lab.states() == ["poisoned"]);
+            // Reads go on only as long as it has this server.
+            lab.sh(
+                "log=$($vdisk list --json | jq -r '.[0].log'); kill -USR1 $($vdisk list --json | jq '.[0].pid'); [ -f $log ] || exit 0
+                 until grep -q 'is not let go of' $log; do sleep 0.05; done",
+            );
+            assert_eq!(lab.states(), ["poisoned"]);
         }
         lab.kill();
         let first = lab.refused(&format!("recover {}", device.path));
