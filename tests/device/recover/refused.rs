@@ -137,6 +137,26 @@ fn nothing_changes_an_image_under_a_device_that_waits() {
     lab.assert_clean();
 }
 
+/// As a server does whose last I/O is over, and whose memory takes its time to be given back.
+#[test]
+fn no_second_device_is_made_beside_one_whose_server_still_ends() {
+    let Some(lab) = lab() else { return };
+    lab.vmdk("disk.vmdk", "64M");
+    let device = lab.attach("disk.vmdk");
+    lab.kill();
+    let books = lab.books(&device.path);
+    lab.sh(&format!(
+        "sleep 1000 >/dev/null 2>&1 & pid=$!; echo $pid >other; cp {books} books
+         jq -c \".pid = $pid | .start_time = $(awk '{{ print $22 }}' /proc/$pid/stat)\" books >{books}"
+    ));
+    let said = lab.refused("attach disk.vmdk");
+    assert!(said.contains(&format!("pid {}", lab.sh("cat other"))) && said.contains("is still ending"), "{said}");
+    lab.sh(&format!("kill $(cat other); cp books {books}"));
+    assert_eq!(lab.sh("$vdisk attach disk.vmdk"), device.path);
+    device.detach();
+    lab.assert_clean();
+}
+
 #[test]
 fn another_file_of_the_same_size_is_not_taken_for_a_raw_image_that_was_only_read() {
     let Some(lab) = lab() else { return };
@@ -176,8 +196,9 @@ fn what_a_failed_sync_has_lost_is_not_forgotten_by_the_second_recovery() {
             wait_until("list says poisoned", || lab.states() == ["poisoned"]);
             // Reads go on only as long as it has this server.
             lab.sh(
-                "log=$($vdisk list --json | jq -r '.[0].log'); kill -USR1 $($vdisk list --json | jq '.[0].pid'); [ -f $log ] || exit 0
-                 until grep -q 'is not let go of' $log; do sleep 0.05; done",
+                "log=$($vdisk list --json | jq -r '.[0].log'); pid=$($vdisk list --json | jq '.[0].pid'); kill -USR1 $pid
+                 said() { if [ $log = journal ]; then journalctl -q _PID=$pid; else cat $log; fi; }
+                 until said | grep 'is not let go of' >let_go; do sleep 0.05; done",
             );
             assert_eq!(lab.states(), ["poisoned"]);
         }
