@@ -221,6 +221,10 @@ fn is_poisoned(dir: &StateDir, state: &State) -> bool {
 /// The server is dead; the device may still be there, and wait for another server.
 /// Of a device that this process is flushing since before, `flushing` is the flush.
 fn detach_dead(dir: &StateDir, state: &State, force: bool, flushing: Option<Flushing>) -> Result<()> {
+    // The driver may take long to notice the death: not under the books' lock, where everybody would wait.
+    if let Some(state) = dir.list()?.into_iter().find(|s| s.device == state.device && s.pid == state.pid) {
+        state.transport.is_waiting(&state)?;
+    }
     let books = dir.lock()?;
     let Some(state) = books.reread(state) else {
         drop(books);
