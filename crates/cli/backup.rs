@@ -5,7 +5,8 @@
 //! program:
 //! `{"file":"disk.vmdk","offset":11264,"len":512,"at":1024,"crc32":..,"crc32_after":..}` and
 //! `dd conv=notrunc bs=512 if=BACKUP of=disk.vmdk skip=$((1024/512)) seek=$((11264/512)) count=$((512/512))`. The length of a file:
-//! `{"file":"disk.vmdk","file_len":131072,"file_len_after":65536}`. What was kept last is put back first.
+//! `{"file":"disk.vmdk","file_len":131072,"file_len_after":65536}`. What was kept last is put back first. The text has the image's CID: whoever
+//! writes to it changes that, and grains may be by then where an old entry would find them.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, BufReader, BufWriter, Read, Write};
@@ -15,7 +16,7 @@ use std::sync::Arc;
 
 use flate2::Crc;
 use serde::{Deserialize, Serialize};
-use vdisk_image::{Backup, FileId, FileIo, Kept};
+use vdisk_image::{Backup, ContentId, FileId, FileIo, Kept};
 use vdisk_io::{BlockingIo, FileSet, block_on};
 
 use crate::failure::{Failure, Result};
@@ -23,6 +24,8 @@ use crate::failure::{Failure, Result};
 const SECTOR_LEN: usize = 512;
 const SECTOR: u64 = SECTOR_LEN as u64;
 const MAGIC: &str = "vdisk repair backup, version 1\n";
+/// In front of the CID, in the text.
+const CONTENT_ID: &str = "CID of the image: ";
 /// A record's line at most: a name of 255 bytes, escaped.
 const MAX_LINE: usize = 4096;
 
@@ -51,6 +54,7 @@ enum Record {
 /// A backup that is being written. Made when there is something to keep.
 pub(crate) struct BackupFile {
     names: Vec<String>,
+    content_id: Option<ContentId>,
     wanted: Wanted,
     open: Option<(PathBuf, BufWriter<File>)>,
     len: u64,
@@ -69,8 +73,9 @@ pub(crate) enum Wanted {
 }
 
 impl BackupFile {
-    pub(crate) fn new(wanted: Wanted, files: &FileSet) -> Self {
-        Self { names: names(files), wanted, open: None, len: 0, used: false }
+    /// Of an image with this CID, which a repair leaves as it is.
+    pub(crate) fn new(wanted: Wanted, files: &FileSet, content_id: Option<ContentId>) -> Self {
+        Self { names: names(files), content_id, wanted, open: None, len: 0, used: false }
     }
 
     /// The file, if one was needed.
@@ -84,7 +89,8 @@ impl BackupFile {
             self.open = Some((path, BufWriter::with_capacity(1 << 20, file)));
             let text = "Records follow, each a line of JSON and the bytes that were at \"offset\" of \"file\": here they are at byte \"at\".\n\
                         vdisk check --undo puts them back, the last one first.";
-            self.write_line(&format!("{MAGIC}{text}"), SECTOR)?;
+            let id = self.content_id.map_or_else(String::new, |id| format!("\n{CONTENT_ID}{id}\n"));
+            self.write_line(&format!("{MAGIC}{text}{id}"), SECTOR)?;
         }
         match &mut self.open {
             Some((_, file)) => Ok(file),
@@ -231,6 +237,8 @@ fn crc(bytes: &[u8]) -> u32 {
 /// A backup that is to be put back.
 pub(crate) struct Undo {
     file: File,
+    /// As the text has it.
+    content_id: Option<String>,
     records: Vec<Record>,
 }
 
@@ -245,20 +253,29 @@ impl Undo {
         if !is_ours {
             return Err(Failure::new(format!("{} is no backup of a repair", path.display())));
         }
+        let text = String::from_utf8_lossy(&sector);
+        let content_id = text.lines().find_map(|line| line.strip_prefix(CONTENT_ID)).map(str::to_owned);
         let mut records = Vec::new();
         while let Some(record) = read_record(&mut reader).map_err(failed)? {
             records.push(record);
         }
-        Ok(Self { file, records })
+        Ok(Self { file, content_id, records })
     }
 
     /// Puts everything back, and answers how many bytes. Nothing is changed unless the image is as the repair has left it.
-    pub(crate) fn run(&self, files: &Arc<FileSet>) -> Result<u64> {
+    pub(crate) fn run(&self, files: &Arc<FileSet>, content_id: Option<ContentId>) -> Result<u64> {
         let names = names(files);
         let find = |name: &str| -> Result<FileId> {
             let n = names.iter().position(|n| n == name).and_then(|n| u32::try_from(n).ok());
             n.map(FileId).ok_or_else(|| Failure::new(format!("the backup is of another image: it has {name:?}")))
         };
+        for record in &self.records {
+            find(record.file())?;
+        }
+        if self.content_id != content_id.map(|id| id.to_string()) {
+            let what = "the image was written since the repair, or is another one (its CID differs)";
+            return Err(Failure::new(what).hint("nothing was put back"));
+        }
         let io = BlockingIo::new(Arc::clone(files));
         for record in &self.records {
             let id = find(record.file())?;

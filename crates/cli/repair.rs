@@ -50,7 +50,8 @@ pub(crate) fn run(options: &LookOptions, wanted: Option<Wanted>) -> Result<Outco
         Err(e) => return Ok(Outcome { refused: Some(crate::failure::chain(&e)), ..Outcome::default() }),
     };
     let changed = options.overlay.as_ref().unwrap_or(&options.image);
-    let mut backup = BackupFile::new(wanted.unwrap_or_else(|| Wanted::Beside(changed.clone())), &image.files);
+    let wanted = wanted.unwrap_or_else(|| Wanted::Beside(changed.clone()));
+    let mut backup = BackupFile::new(wanted, &image.files, image.disk.info().content_id);
     let io = BlockingIo::new(image.files.clone());
     let mut watch = Watch { repaired: Vec::new(), left: Vec::new(), bar: Progress::new() };
     let done = block_on(image.disk.repair(&io, &mut backup, &mut watch));
@@ -76,7 +77,7 @@ pub(crate) fn run(options: &LookOptions, wanted: Option<Wanted>) -> Result<Outco
 pub(crate) fn undo(options: &LookOptions, backup: &Path) -> Result<()> {
     let undo = Undo::open(backup)?;
     let image = Opened::open_to_repair(options)?.map_err(|e| Failure::from_error(&e))?;
-    let bytes = undo.run(&image.files)?;
+    let bytes = undo.run(&image.files, image.disk.info().content_id)?;
     crate::print(&format!("put back {bytes} bytes: the image is as it was before the repair\n"))
 }
 
