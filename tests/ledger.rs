@@ -68,6 +68,10 @@ fn an_overlay_of_a_raw_image_is_recovered_with_its_base() {
         truncate -s 64M base.raw
         killed --format raw --overlay over.vmdk base.raw
         if "$vdisk" recover over.vmdk 2>why; then false; fi
+        # A wrong name is not made.
+        if "$vdisk" recover --overlay other.vmdk base.raw 2>why; then false; fi
+        grep -q 'overlay other.vmdk: No such file' why
+        [ ! -e other.vmdk ]
         "$vdisk" recover --overlay over.vmdk base.raw | grep -q 'took over'
         "$vdisk" info over.vmdk 2>&1 | grep -q 'has to be named: --overlay'
         "$vdisk" check over.vmdk 2>/dev/null | grep -q 'no errors found'

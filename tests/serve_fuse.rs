@@ -191,7 +191,9 @@ fn a_hole_behind_the_end_is_nothing() {
 fn a_bad_place_gets_one_line_and_leaves_nothing() {
     let Some(lab) = Lab::new() else { return };
     lab.sh("truncate -s 1M disk.img; mkdir dir; mkfifo fifo; echo mine >file");
-    for (place, expected) in [("dir", "is a directory"), ("fifo", "no regular file"), ("nowhere/view", "No such file")]
+    let own = ("disk.img", "is a file of the image");
+    for (place, expected) in
+        [("dir", "is a directory"), ("fifo", "no regular file"), ("nowhere/view", "No such file"), own]
     {
         let output = lab.try_sh(&format!("./vdisk serve disk.img --fuse {place}"));
         let said = text(&output.stderr);

@@ -245,7 +245,9 @@ fn detach_dead(dir: &StateDir, state: &State, force: bool, flushing: Option<Flus
         return Err(match waits {
             true => Failure::new(text)
                 .hint(format_args!("vdisk recover {device} lets whoever uses it go on; --force has what waits fail")),
-            false => Failure::new(text).hint("unmount it, or use --force"),
+            false => {
+                Failure::new(text).hint("unmount it, or use --force, also where an unmount hangs since nobody answers")
+            }
         });
     }
     if waits && !force {

@@ -174,7 +174,7 @@ impl Opened {
     pub(crate) fn left_behind(&self) -> Option<String> {
         let grains = self.disk.left_in(existing(&path(&self.files)?)?);
         (grains > 0).then(|| {
-            format!("a killed server has left {grains} grains that are not in the image yet: run vdisk recover before the host is shut down")
+            format!("a killed server has left {grains} grains that are not in the image yet, and are not read here: run vdisk recover first, and before the host is shut down")
         })
     }
 

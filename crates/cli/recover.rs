@@ -198,6 +198,10 @@ fn has_let_go(state: &State) -> Result<bool> {
 }
 
 fn recover_image(args: &Args) -> Result<()> {
+    // It would be made, and there would be nothing to recover.
+    if let Some(overlay) = &args.overlay {
+        std::fs::metadata(overlay).map_err(|e| Failure::doing(format_args!("overlay {}", overlay.display()), &e))?;
+    }
     print_told(&close_image(&options(args), false)?)
 }
 

@@ -1,8 +1,10 @@
 //! `vdisk serve`: an NBD server, or a file in a FUSE mount, in the foreground.
 
+use std::fs;
 use std::io::{self, Write};
 use std::net::{SocketAddr, ToSocketAddrs};
 use std::os::unix::ffi::OsStrExt;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use crate::failure::{Failure, Result};
@@ -45,6 +47,7 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     if !args.image.read_only {
         crate::resume::refuse_waiting(&Identity::of(&real_path(&args.image)?, &image))?;
     }
+    refuse_own_file(args, &image)?;
     let taken_over = image.keep_ledger(&args.image)?;
     let stop = Stop::default();
     held.on_end(stop.clone()).map_err(|e| Failure::doing("start a thread", &e))?;
@@ -69,6 +72,16 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
         tracing::error!("{also}");
     }
     served.and(closed)
+}
+
+/// Refuses to lay the disk, or a socket, over the image that it is of: who reads or copies that would get something else.
+fn refuse_own_file(args: &Args, image: &Opened) -> Result<()> {
+    let place = args.fuse.as_ref().or(args.socket.as_ref());
+    let Some((place, there)) = place.and_then(|place| Some((place, fs::metadata(place).ok()?))) else { return Ok(()) };
+    if image.all_files().contains(&(there.dev(), there.ino())) {
+        return Err(Failure::new(format!("{} is a file of the image", place.display())).hint("name another place"));
+    }
+    Ok(())
 }
 
 fn uris(args: &Args, tcp: Option<SocketAddr>) -> Vec<String> {
