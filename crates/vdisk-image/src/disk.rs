@@ -8,7 +8,7 @@ use crate::file_io::{FileId, FileIo, read_bytes};
 use crate::flush::{self, Failed, FlushPlan, Rounds, Step};
 use crate::grace::Grace;
 use crate::image::Chain;
-use crate::inflate::{Inflating, Places};
+use crate::inflate::{Inflating, Slots};
 use crate::info::Info;
 use crate::ledger::Ledger;
 use crate::request::{Geometry, Op, Request};
@@ -39,7 +39,7 @@ pub struct Disk {
     pub(crate) grace: Grace,
     pub(crate) loading: Mutex<HashMap<(FileId, MetaRef), WaitList>>,
     pub(crate) inflating: Inflating,
-    pub(crate) places: Mutex<Places>,
+    pub(crate) slots: Mutex<Slots>,
     pub(crate) ledger: Option<Arc<Ledger>>,
     /// The content ID that the first change gives to the image; `None` if it has none that can be changed.
     pub(crate) new_content_id: Option<ContentId>,

@@ -127,7 +127,7 @@ impl Disk {
 
     /// The bytes of a grain of at most [`MAX_GRAIN`] bytes.
     async fn inflate_whole<I: FileIo>(&self, io: &I, file: FileId, record: &Record) -> Result<Vec<u8>, DiskError> {
-        let _place = Place::take(&self.places).await;
+        let _slot = Slot::take(&self.slots).await;
         let grain = record.grain_len();
         let mut bytes = Vec::new();
         let feed = async |mut fed: Fed| {
@@ -285,17 +285,17 @@ impl Drop for Claim<'_> {
 
 /// How many grains are being inflated, and who waits for that to become less.
 #[derive(Debug, Default)]
-pub(crate) struct Places {
+pub(crate) struct Slots {
     taken: usize,
     waiting: WaitList,
 }
 
 /// One of the [`MOST`] grains. Who has it waits for nobody but the host.
-struct Place<'a>(&'a Mutex<Places>);
+struct Slot<'a>(&'a Mutex<Slots>);
 
-impl<'a> Place<'a> {
-    async fn take(places: &'a Mutex<Places>) -> Self {
-        until(places, |p| {
+impl<'a> Slot<'a> {
+    async fn take(slots: &'a Mutex<Slots>) -> Self {
+        until(slots, |p| {
             if p.taken == MOST {
                 return Err(&mut p.waiting);
             }
@@ -303,16 +303,16 @@ impl<'a> Place<'a> {
             Ok(())
         })
         .await;
-        Self(places)
+        Self(slots)
     }
 }
 
-impl Drop for Place<'_> {
+impl Drop for Slot<'_> {
     fn drop(&mut self) {
-        let mut places = locked(self.0);
-        places.taken -= 1;
-        let wakers = places.waiting.take();
-        drop(places);
+        let mut slots = locked(self.0);
+        slots.taken -= 1;
+        let wakers = slots.waiting.take();
+        drop(slots);
         wake(wakers);
     }
 }

@@ -244,7 +244,7 @@ impl Link {
             grace: Default::default(),
             loading: Default::default(),
             inflating: Default::default(),
-            places: Default::default(),
+            slots: Default::default(),
             ledger: None,
             new_content_id: self.new_content_id,
             info: self.info,

@@ -25,7 +25,7 @@ const AT_ONCE: usize = 32;
 const BYTES_AT_ONCE: u64 = 64 << 20;
 
 /// Runs of places that wait for the requests under way together.
-const MOST_FREED: usize = 1 << 14;
+const MOST_EMPTIED: usize = 1 << 14;
 
 /// A range of whole blocks of this size is one that no host refuses for its alignment.
 const BLOCK: u64 = 4096;
@@ -94,7 +94,7 @@ impl Disk {
         let (mut done, mut freed) = (0, Freed::default());
         while done < len {
             let zeroed = self.zero_some(io, offset + done, len - done, how, &mut freed).await;
-            if zeroed.is_err() || freed.0.len() >= MOST_FREED {
+            if zeroed.is_err() || freed.0.len() >= MOST_EMPTIED {
                 self.empty(io, std::mem::take(&mut freed)).await?;
             }
             done += zeroed?;
