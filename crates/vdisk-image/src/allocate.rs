@@ -20,7 +20,7 @@ use vmdk_parse::SECTOR_SIZE;
 
 /// How far a file is extended at once: one call for many grains. What is left over is cut off at detach. Tests extend
 /// often.
-const GROWTH: u64 = if cfg!(test) { 64 << 10 } else { 16 << 20 };
+pub(crate) const GROWTH: u64 = if cfg!(test) { 64 << 10 } else { 16 << 20 };
 
 /// End of what grain table entries can name, in bytes of the file.
 pub(crate) const ADDRESSABLE: u64 = u32::MAX as u64 * SECTOR_SIZE;
@@ -97,6 +97,17 @@ pub(crate) enum Plan<'a> {
     Reserve(Room),
     /// The ledger is full: a flush has to empty it first.
     Flush,
+}
+
+/// Lengths of an extent's file.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Growth {
+    /// As it is.
+    pub(crate) from: u64,
+    /// As it has to be at least.
+    pub(crate) needed: u64,
+    /// As it is better.
+    pub(crate) wanted: u64,
 }
 
 /// Places of grains in a row that were given out.
@@ -234,9 +245,8 @@ impl Sparse {
         .await;
     }
 
-    /// Lengths to which the caller must extend the file: what is needed, and what is better. `None` if another task did
-    /// it meanwhile. The caller answers with [`Sparse::grown`].
-    pub(crate) async fn grow(&self) -> Option<(u64, u64)> {
+    /// How far the caller must extend the file; `None` if another task did it meanwhile. The caller answers with [`Sparse::grown`].
+    pub(crate) async fn grow(&self) -> Option<Growth> {
         until(&self.state, |s| {
             if s.growing.is_some() {
                 // Not nested in the match on `growing`: the borrow of the list would outlive its arm.
@@ -250,7 +260,7 @@ impl Sparse {
             }
             s.growing = Some(WaitList::default());
             let needed = needed.max(len).next_multiple_of(align);
-            Ok(Ok((needed, needed + GROWTH.next_multiple_of(self.grain))))
+            Ok(Ok(Growth { from: len, needed, wanted: needed + GROWTH.next_multiple_of(self.grain) }))
         })
         .await
         .ok()

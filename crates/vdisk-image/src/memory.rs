@@ -78,6 +78,8 @@ pub struct Memory {
     pub full: Cell<bool>,
     /// [`FileIo::reserve`] is [`io::ErrorKind::Unsupported`].
     pub cannot_reserve: Cell<bool>,
+    /// The host has no space for more than so many bytes at once.
+    pub reserves_at_most: Cell<u64>,
     /// No file grows past this many bytes (1 GiB at first): the host is full.
     pub full_at: Cell<u64>,
 }
@@ -104,6 +106,7 @@ impl Memory {
             cannot_punch: Cell::new(false),
             full: Cell::new(false),
             cannot_reserve: Cell::new(false),
+            reserves_at_most: Cell::new(u64::MAX),
             full_at: Cell::new(1 << 30),
         }
     }
@@ -292,7 +295,7 @@ impl FileIo for Memory {
         let mut files = self.files.borrow_mut();
         let f = files.get_mut(file.0 as usize).ok_or(io::ErrorKind::NotFound)?;
         let holes: Vec<usize> = f.holes(offset as usize, len as usize).collect();
-        if self.full.get() && !holes.is_empty() {
+        if (self.full.get() && !holes.is_empty()) || len > self.reserves_at_most.get() {
             return Err(io::ErrorKind::StorageFull.into());
         }
         f.reserved.extend(holes);

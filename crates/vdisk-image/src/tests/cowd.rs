@@ -122,8 +122,8 @@ fn neighbouring_grains_are_written_and_read_at_once() {
         write(&disk, &memory, 4 << 20, &[1; 512]).await.unwrap();
         let before = memory.calls();
         write(&disk, &memory, 0, &[2; 1 << 20]).await.unwrap();
-        // Growing, and some parts between which it grew.
-        assert!(memory.calls() - before < 40, "{} calls", memory.calls() - before);
+        // Growing, by two calls for 64 KiB, and some parts between which it grew.
+        assert!(memory.calls() - before < 60, "{} calls", memory.calls() - before);
         let before = memory.calls();
         assert!(read(&disk, &memory, 0, 1 << 20).await.unwrap() == [2; 1 << 20]);
         assert_eq!(memory.calls() - before, 1);

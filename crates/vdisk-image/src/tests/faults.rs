@@ -136,6 +136,12 @@ fn a_full_host_fails_the_write_that_needs_space_and_never_the_flush_of_others() 
         run(async {
             write(&disk, &memory, 0, &[1; 4096]).await.unwrap();
             memory.full.set(true);
+            // What was taken when the file grew is there for writes.
+            let mut end = 4096;
+            while write(&disk, &memory, end, &[4; 4096]).await.is_ok() {
+                end += 4096;
+            }
+            assert!(end <= 3 * crate::allocate::GROWTH, "{shape:?}: {end}");
             let mut full = 0;
             // Far apart: many tables, whose places are holes.
             for n in 1..6 {
@@ -146,7 +152,9 @@ fn a_full_host_fails_the_write_that_needs_space_and_never_the_flush_of_others() 
             flush(&disk, &memory).await.unwrap();
             assert!(!disk.is_poisoned());
             let cut = Memory::new(memory.after_power_cut(&Random::new(1)), 1);
-            assert!(read(&reopened(&cut).await, &cut, 0, 4096).await.unwrap() == [1; 4096], "{shape:?}");
+            let again = reopened(&cut).await;
+            assert!(read(&again, &cut, 0, 4096).await.unwrap() == [1; 4096], "{shape:?}");
+            assert!(read(&again, &cut, 4096, end - 4096).await.unwrap().iter().all(|b| *b == 4), "{shape:?}");
             memory.full.set(false);
             write(&disk, &memory, 3 << 20, &[3; 4096]).await.unwrap();
             disk.close(&memory).await.unwrap();
@@ -199,4 +207,29 @@ fn a_sync_that_says_the_host_is_full_poisons_like_any_other() {
         assert_eq!(flush(&disk, &memory).await.unwrap_err().kind(), ErrorKind::NoSpace);
         assert!(disk.is_poisoned());
     });
+}
+
+/// The space that is taken for later is nobody's need: where there is none, nothing of it is kept, and writes go on.
+#[test]
+fn a_host_that_cannot_give_the_generous_step_gives_the_small_one() {
+    let memory = Memory::new(image(Shape::Sparse), 1);
+    let disk = open(&memory).unwrap();
+    let before = memory.files()[0].1.len();
+    memory.cannot_reserve.set(true);
+    run(async {
+        write(&disk, &memory, 0, &[1; 4096]).await.unwrap();
+        assert!(memory.files()[0].1.len() as u64 >= before as u64 + crate::allocate::GROWTH);
+        disk.close(&memory).await.unwrap();
+    });
+    memory.cannot_reserve.set(false);
+    let small = memory.files()[0].1.len();
+    let disk = open(&memory).unwrap();
+    run(async {
+        memory.reserves_at_most.set(32 << 10);
+        write(&disk, &memory, 1 << 20, &[2; 4096]).await.unwrap();
+        assert!(memory.files()[0].1.len() < small + (32 << 10));
+        disk.close(&memory).await.unwrap();
+        assert!(read(&disk, &memory, 1 << 20, 4096).await.unwrap() == [2; 4096]);
+    });
+    assert_eq!(faults(&memory.files(), true), [""; 0]);
 }
