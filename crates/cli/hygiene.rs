@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
+use rustix::mm::{MlockAllFlags, mlockall};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Keeps memory reclaim from waiting for this very process, which may be what writes the memory out. To be called before
 /// there are other threads: they inherit it. Answers with what could not be done.
@@ -13,9 +15,21 @@ pub(crate) fn guard_against_reclaim() -> Option<String> {
     if let Err(e) = fs::write("/proc/self/oom_score_adj", "-1000") {
         tracing::info!("oom_score_adj stays as it is: {e}");
     }
+    if let Err(e) = keep_in_memory() {
+        tracing::info!("memory of this process may be swapped out: {e}");
+    }
     let refused = rustix::process::configure_io_flusher_behavior(true).err()?;
     let refused = crate::failure::chain(&refused);
     Some(format!("no protection against a deadlock when memory runs out (PR_SET_IO_FLUSHER: {refused})"))
+}
+
+/// Whatever this process touches stays in memory, its program and the ledger too: what had to be read again might lie behind the device
+/// that waits for it. Not without a limit to what may be locked, which later allocations would run into.
+fn keep_in_memory() -> rustix::io::Result<()> {
+    if getrlimit(Resource::Memlock).current.is_some() {
+        setrlimit(Resource::Memlock, Rlimit { current: None, maximum: None })?;
+    }
+    mlockall(MlockAllFlags::CURRENT | MlockAllFlags::FUTURE | MlockAllFlags::ONFAULT)
 }
 
 /// Gives this process a mount namespace of its own, with nothing in it that would pin a file system of others or, worse,

@@ -19,6 +19,25 @@ fn a_partitioned_disk_lives_through_attach_and_detach() {
     assert_nothing_left(&lab);
 }
 
+/// A block device's server must not be what its users' memory is taken from. A container may forbid it, a VM does not.
+#[test]
+fn the_server_is_neither_swapped_out_nor_killed_for_its_memory() {
+    if std::env::var_os("VDISK_VM").is_none() {
+        println!("skipped: this may not be allowed here");
+        return;
+    }
+    let lab = Lab::new();
+    lab.vmdk("disk.vmdk", "64M");
+    let device = lab.attach("disk.vmdk");
+    let pid = device.pid();
+    let of = |field: &str| -> u64 {
+        lab.sh(&format!("awk '/^{field}:/ {{ print $2 }}' /proc/{pid}/status")).trim().parse().unwrap()
+    };
+    assert!(of("VmLck") >= of("VmRSS"), "{} of {} KiB are locked", of("VmLck"), of("VmRSS"));
+    assert_eq!(lab.sh(&format!("cat /proc/{pid}/oom_score_adj")).trim(), "-1000");
+    device.detach();
+}
+
 impl Lab {
     /// The session of the README: 40 MiB on ext4 in a GPT partition, and a refusal to detach while it is mounted.
     fn ext4_session(&self) {
