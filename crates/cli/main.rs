@@ -29,6 +29,7 @@ mod overlay;
 mod partitions;
 mod process;
 mod progress;
+mod read_ahead;
 mod recover;
 mod repair;
 mod report;

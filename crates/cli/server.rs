@@ -19,7 +19,7 @@ use crate::session::Session;
 use crate::signals::{self, Stop};
 use crate::state::{State, StateDir};
 use crate::transport::{Callbacks, End, Transport};
-use crate::{hygiene, logging};
+use crate::{hygiene, logging, read_ahead};
 
 /// How long the end of a server may take that was killed just now.
 const LAST_BREATH: Duration = Duration::from_secs(3);
@@ -210,6 +210,7 @@ fn enter_later(session: &Arc<Mutex<Session>>) {
 /// What enters a device in the books and reports it; on a failure, the device is not wanted any more.
 fn callbacks(image: &Opened, session: &Arc<Mutex<Session>>, mut state: State, stop: &Stop) -> Callbacks {
     let (disk, impossible) = (Arc::clone(&image.disk), state.resume.impossible.clone());
+    let has_compressed = disk.has_compressed();
     let state_is_taken = state.resume.taking_over;
     let (adding, adding_stop) = (Arc::clone(session), stop.clone());
     let (making, making_stop) = (Arc::clone(session), stop.clone());
@@ -240,6 +241,9 @@ fn callbacks(image: &Opened, session: &Arc<Mutex<Session>>, mut state: State, st
             // Given up already, or stopped.
             if making_stop.is_given() {
                 return;
+            }
+            if has_compressed {
+                read_ahead::widen(device);
             }
             match session.ready(device, notices, &making_stop) {
                 Ok(true) => {}

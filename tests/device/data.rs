@@ -146,6 +146,10 @@ fn what_is_in_no_file_reads_as_it_should() {
     for args in ["sparse.vmdk", "-r stream.vmdk", "--overlay over.vmdk stream.vmdk"] {
         let device = lab.attach(args);
         assert_eq!(lab.sha256(&device.path), sum, "{args}");
+        let name = device.path.trim_start_matches("/dev/");
+        let ahead: u32 = lab.sh(&format!("cat /sys/class/block/{name}/queue/read_ahead_kb")).trim().parse().unwrap();
+        // What is compressed is read faster many grains at a time.
+        assert!(ahead >= 1024 || !args.contains("stream"), "{args}: {ahead} KiB ahead");
         let disk = direct(&device.path);
         // Each grain again and again, as small as can be: it comes into the cache on the way.
         let mut memory = Aligned::new(4096, 512);
