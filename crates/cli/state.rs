@@ -26,7 +26,7 @@ pub(crate) struct State {
     pub(crate) transport: Transport,
     /// The image's real path. Bytes that are no UTF-8 are replaced: it is compared with names treated the same way.
     pub(crate) image: String,
-    /// In bytes.
+    /// Of the device, in bytes.
     pub(crate) size: u64,
     pub(crate) read_only: bool,
     pub(crate) pid: u32,
@@ -39,6 +39,12 @@ pub(crate) struct State {
     /// Why the image takes no more changes, if it does not: a sync failed.
     #[serde(default)]
     pub(crate) poisoned: Option<String>,
+    /// How often the process has said whether the device has grown; `None` from one that does not know how.
+    #[serde(default)]
+    pub(crate) answers: Option<u64>,
+    /// Why not, the last time.
+    #[serde(default)]
+    pub(crate) not_grown: Option<String>,
     /// Why the process ended in failure.
     pub(crate) error: Option<String>,
     /// After such a failure: whether the process took the device away, whose number others may have by now.
@@ -71,6 +77,8 @@ impl State {
             log,
             ready: false,
             poisoned: None,
+            answers: Some(0),
+            not_grown: None,
             error: None,
             device_gone: false,
             resume,
@@ -115,7 +123,7 @@ impl State {
         self.error.as_deref().or(self.poisoned.as_deref())
     }
 
-    fn is_of_same_process(&self, other: &Self) -> bool {
+    pub(crate) fn is_of_same_process(&self, other: &Self) -> bool {
         (self.pid, self.start_time) == (other.pid, other.start_time)
     }
 }
