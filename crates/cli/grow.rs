@@ -104,8 +104,10 @@ pub(crate) fn watch(image: &Opened, session: &Arc<Mutex<Session>>, stop: &Stop, 
 /// Looks how large the image is. The disk has that size before the kernel hears of it.
 fn grow(disk: &Disk, files: &Arc<FileSet>, had: u64, stop: &Stop) -> Result<u64> {
     let io = BlockingIo::new(Arc::clone(files));
-    let found = block_on(disk.find_growth(&io, |file| files.get(file).len_again()));
-    let size = found.map_err(|e| Failure::from_error(&e))?;
+    let found = block_on(disk.find_growth(&io, |file| files.get(file).len()));
+    let (size, end) = found.map_err(|e| Failure::from_error(&e))?;
+    let looked = files.get(end).len_again();
+    looked.map_err(|e| Failure::doing(format_args!("{}: length", files.get(end).path().display()), &e))?;
     if size == had {
         return Err(Failure::new(format!("has not grown: the image has {size} bytes, as the device")));
     }

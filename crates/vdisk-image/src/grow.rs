@@ -25,7 +25,8 @@ impl Disk {
     }
 
     /// Looks again at how large the image is. What it has grown by may be asked for from here on, and is part of the disk for good:
-    /// it never gets smaller. Answers how large the disk is, in bytes. `len_of` tells how long a file of the image is now.
+    /// it never gets smaller. Answers how large the disk is, in bytes, and the file that it ends in. `len_of` tells how long a file of the
+    /// image is now.
     ///
     /// # Errors
     ///
@@ -35,7 +36,7 @@ impl Disk {
         &self,
         io: &I,
         len_of: impl Fn(FileId) -> io::Result<u64>,
-    ) -> Result<u64, DiskError> {
+    ) -> Result<(u64, FileId), DiskError> {
         let (last, file, offset) = self.last_flat()?;
         let length = |file| len_of(file).map_err(|e| DiskError::host(format!("{}: length", self.name(file)), e));
         let in_file = length(file)?.saturating_sub(offset);
@@ -66,7 +67,7 @@ impl Disk {
             return wrong(format!("{len} bytes are more than any disk has"));
         }
         last.grow(len);
-        Ok(self.geometry().size)
+        Ok((self.geometry().size, file))
     }
 
     /// The extent that may grow, and from which byte of which file on it is.
@@ -90,6 +91,10 @@ impl Disk {
     fn last_line(&self, file: FileId, then: &[u8], now: &[u8]) -> Result<u64, DiskError> {
         let name = self.name(file);
         let wrong = |what: String| DiskError::new(ErrorKind::Corrupt, format!("{name}: {what}"));
+        if now.len() < then.len() {
+            let what = "is shorter than it was when it was attached, as one that was cut: add a comment";
+            return Err(wrong(what.to_owned()));
+        }
         let decode = |text| Descriptor::decode(text).map_err(|e| wrong("descriptor".to_owned()).because(e));
         let (was, is) = (decode(then)?, decode(now)?);
         // An extent without sectors is none, and the last one is another.

@@ -27,7 +27,7 @@ fn edit(memory: &Memory, text: &str) {
 }
 
 fn find(disk: &Disk, memory: &Memory) -> Result<u64, DiskError> {
-    run(disk.find_growth(memory, |file| Files::len(memory, file)))
+    run(disk.find_growth(memory, |file| Files::len(memory, file))).map(|(size, _)| size)
 }
 
 fn refused(disk: &Disk, memory: &Memory) -> (ErrorKind, String) {
@@ -115,6 +115,7 @@ fn nothing_else_in_a_descriptor_may_be_new() {
         ("RW 8 FLAT", "RW 18446744073709551615 FLAT", "descriptor"),
         ("CID=fffffffe", "CID=00000001", "CID is 00000001"),
         ("version=1", "version=x", "descriptor"),
+        ("RW 8 ZERO\n", "", "shorter than it was"),
     ] {
         let memory = flat();
         let disk = open(&memory).unwrap();
