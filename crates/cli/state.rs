@@ -379,6 +379,15 @@ mod tests {
     }
 
     #[test]
+    fn who_serves_and_has_never_heard_of_growing_is_known_by_its_file() {
+        let mut file = serde_json::to_value(state("/dev/nbd0")).unwrap();
+        assert_eq!(file["answers"], 0);
+        let fields = file.as_object_mut().unwrap();
+        assert!(fields.remove("answers").is_some() && fields.remove("not_grown").is_some());
+        assert_eq!(serde_json::from_value::<State>(file).unwrap().answers, None);
+    }
+
+    #[test]
     fn a_file_of_another_process_is_not_removed() {
         let temp = tempfile::tempdir().unwrap();
         let dir = dir(&temp, true);

@@ -60,10 +60,10 @@ pub fn attach(
     let view = View::new(disk, files, Shape::Behind(OsString::from(&options.name)), gate.clone());
     let (mount, kernel) = mount::detached().map_err(Error::step("mount a FUSE file system"))?;
     let grower = session::serve_detached(view, &mount, kernel, options.threads.unwrap_or(THREADS), stop)?;
-    let served = bind(&mount, options, setup).and_then(|(device, node)| {
+    let served = bind(&mount, options, setup).and_then(|bound| {
         // From here on the device alone keeps the mount.
         drop(mount);
-        serve(device, node, options, setup, &grower, added, ready, stop)
+        serve(bound, options, setup, &grower, added, ready, stop)
     });
     gate.close();
     served
@@ -75,8 +75,7 @@ fn bind(mount: &OwnedFd, options: &Options, setup: Setup) -> Result<(LoopDevice,
 }
 
 fn serve(
-    device: LoopDevice,
-    node: File,
+    (device, node): (LoopDevice, File),
     options: &Options,
     setup: Setup,
     grower: &Grower,

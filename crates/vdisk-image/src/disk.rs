@@ -25,7 +25,7 @@ use vmdk_parse::ContentId;
 #[derive(Debug)]
 pub struct Disk {
     pub(crate) read_only: bool,
-    /// Of the geometry.
+    /// See [`Geometry`].
     pub(crate) preferred_block: u32,
     pub(crate) end: End,
     pub(crate) chain: Chain,

@@ -112,6 +112,10 @@ impl Disk {
         }
         // The disk database is for virtual machines: how many cylinders the disk has, say.
         let mut same = Descriptor { content_id: was.content_id, ddb: was.ddb.clone(), ..is };
+        if happened {
+            // By the first write, which may have dropped change tracking.
+            (same.version, same.change_track_path) = (was.version, was.change_track_path.clone());
+        }
         if let Some(line) = same.extents.last_mut() {
             line.sectors = old.sectors;
         }

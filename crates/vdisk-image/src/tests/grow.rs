@@ -104,6 +104,19 @@ fn a_flat_extent_grows_when_its_file_and_its_line_have_both() {
 }
 
 #[test]
+fn what_the_first_write_changes_in_a_descriptor_is_no_news() {
+    let tracked = |sectors| descriptor(sectors).replace("version=1", "version=3") + "changeTrackPath=\"d-ctk.vmdk\"\n";
+    let memory = Memory::new(vec![(NAME.to_owned(), tracked(8).into_bytes()), (FLAT.to_owned(), vec![1; 15 * 512])], 0);
+    let disk = open_with(&memory, &OpenOptions { drop_change_tracking: true, ..OPTIONS }).unwrap();
+    assert_eq!(find(&disk, &memory).unwrap(), 16 * 512);
+    run(write(&disk, &memory, 8 * 512, &[7; 512])).unwrap();
+    let text = String::from_utf8(memory.files()[0].1.clone()).unwrap();
+    assert!(text.contains("version=1") && text.contains("#hangeTrackPath"), "{text}");
+    edit(&memory, &text.replace("RW 8 FLAT", "RW 13 FLAT"));
+    assert_eq!(find(&disk, &memory).unwrap(), 21 * 512);
+}
+
+#[test]
 fn nothing_else_in_a_descriptor_may_be_new() {
     for (from, to, said) in [
         ("RW 8 ZERO", "RW 9 ZERO", "differs in more"),
