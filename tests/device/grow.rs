@@ -22,20 +22,20 @@ impl Lab {
     }
 
     /// As the kernel sees it.
-    fn size_of(&self, device: &Device<'_>) -> u64 {
-        self.sh(&format!("blockdev --getsize64 {}", device.path)).parse().unwrap()
+    fn size_of(&self, disk: &str) -> u64 {
+        self.sh(&format!("blockdev --getsize64 {disk}")).parse().unwrap()
     }
 }
 
 /// Whether the driver lets devices grow: ublk's since Linux 6.16. What it says if not is looked at here.
-fn grows(lab: &Lab, device: &Device<'_>) -> bool {
+fn grows(lab: &Lab, disk: &str) -> bool {
     if transport() != "ublk" || std::env::var("VDISK_VM").is_ok_and(|series| series == "newest") {
         return true;
     }
-    let before = lab.size_of(device);
-    let said = lab.not_grown(&device.path);
+    let before = lab.size_of(disk);
+    let said = lab.not_grown(disk);
     assert!(said.contains("keeps the size that a device was made with (Linux 6.16 can change it)"), "{said}");
-    assert_eq!(lab.size_of(device), before);
+    assert_eq!(lab.size_of(disk), before);
     false
 }
 
@@ -49,14 +49,14 @@ fn a_mounted_file_system_grows_with_its_raw_image() {
     let disk = &device.path;
     lab.sh(&format!("mount {disk} mnt; head -c 20M /dev/urandom >mnt/a; sha256sum <mnt/a >sum"));
     lab.sh("truncate -s 160M disk.raw");
-    if !grows(&lab, &device) {
+    if !grows(&lab, &device.path) {
         lab.sh("umount mnt");
         device.detach();
         return;
     }
     let said = lab.sh(&format!("$vdisk grow {disk}"));
     assert_eq!(said, format!("{disk} has 160 MiB (167772160 bytes), it had 64 MiB"));
-    assert_eq!((lab.size_of(&device), listed(&lab)[0]["size"].as_u64()), (160 * MIB, Some(160 * MIB)));
+    assert_eq!((lab.size_of(&device.path), listed(&lab)[0]["size"].as_u64()), (160 * MIB, Some(160 * MIB)));
     lab.resize(disk);
     lab.sh("sync; head -c 80M /dev/urandom >mnt/b; sha256sum <mnt/b >sum.b; sync");
     // Again, by the image's name.
@@ -70,7 +70,7 @@ fn a_mounted_file_system_grows_with_its_raw_image() {
         "mount -o ro {} mnt; for f in a c; do sha256sum <mnt/$f | cmp - sum; done; sha256sum <mnt/b | cmp - sum.b; umount mnt",
         device.path
     ));
-    assert_eq!(lab.size_of(&device), 200 * MIB);
+    assert_eq!(lab.size_of(&device.path), 200 * MIB);
     device.detach();
     assert_nothing_left(&lab);
 }
@@ -109,9 +109,9 @@ fn grows_flat(lab: &Lab, device: &Device<'_>) -> bool {
     edit("s/^RW 262144 /RW 196608 /; s/disk-flat/other-flat/");
     let said = lab.not_grown(&device.path);
     assert!(said.contains("differs in more than the size of its last extent"), "{said}");
-    assert_eq!(lab.size_of(device), 64 * MIB);
+    assert_eq!(lab.size_of(&device.path), 64 * MIB);
     edit("s/other-flat/disk-flat/");
-    grows(lab, device)
+    grows(lab, &device.path)
 }
 
 #[test]
@@ -120,10 +120,10 @@ fn a_device_that_is_only_read_grows_as_well() {
     lab.sh("truncate -s 8M disk.raw");
     let device = lab.attach("-r disk.raw");
     lab.sh("truncate -s 16M disk.raw; printf end | dd of=disk.raw bs=1 seek=$((16 * 1024 * 1024 - 3)) conv=notrunc");
-    if grows(&lab, &device) {
+    if grows(&lab, &device.path) {
         lab.sh(&format!("$vdisk grow {d}; [ \"$(tail -c 3 {d})\" = end ]", d = device.path));
         assert_eq!(
-            (lab.size_of(&device), lab.sh(&format!("blockdev --getro {}", device.path))),
+            (lab.size_of(&device.path), lab.sh(&format!("blockdev --getro {}", device.path))),
             (16 * MIB, "1".into())
         );
     }
@@ -138,7 +138,7 @@ fn partitions_stay_while_the_disk_grows_under_them() {
     let (disk, part) = (&device.path, device.part(1));
     lab.partition(disk, &format!("printf ',32M,83\\n' | sfdisk -q {disk}"));
     lab.sh(&format!("mkfs.ext4 -q {part}; mount {part} mnt; echo a >mnt/a; truncate -s 128M disk.raw"));
-    if grows(&lab, &device) {
+    if grows(&lab, &device.path) {
         lab.sh(&format!(
             "$vdisk grow {disk}; echo ', +' | sfdisk -q --no-reread --force -N 1 {disk}; partx -u {disk}
              [ $(blockdev --getsize64 {part}) -gt 120000000 ]"
@@ -185,7 +185,7 @@ fn what_does_not_grow_is_told_apart() {
     lab.sh("truncate -s 4M disk.raw");
     let said = lab.not_grown(&device.path);
     assert!(said.contains("has shrunk to 4194304 bytes") && said.contains("what is behind its end fails"), "{said}");
-    assert_eq!(lab.size_of(&device), 8 * MIB);
+    assert_eq!(lab.size_of(&device.path), 8 * MIB);
     assert!(
         !lab.try_sh(&format!("dd if={} of=/dev/null bs=4k skip=1500 count=1 iflag=direct", device.path))
             .status
@@ -200,14 +200,24 @@ fn what_does_not_grow_is_told_apart() {
 fn a_service_manager_has_it_grow_by_sighup() {
     let lab = Lab::new();
     lab.sh("truncate -s 8M disk.raw");
-    let device = lab.attach("disk.raw");
+    let attach = format!("attach --foreground --transport {} disk.raw", transport());
+    lab.sh(&format!("(set +e; $vdisk {attach} >device 2>said; echo $? >status) >/dev/null 2>&1 &"));
+    wait_until("it is served", || listed(&lab).first().is_some_and(|d| d["state"] == "live"));
+    let (disk, pid) = (lab.sh("cat device"), listed(&lab)[0]["pid"].clone());
     lab.sh("truncate -s 16M disk.raw");
-    if grows(&lab, &device) {
-        lab.sh(&format!("kill -HUP {}", device.pid()));
+    if grows(&lab, &disk) {
+        lab.sh(&format!("kill -HUP {pid}"));
         wait_until("the device has grown", || listed(&lab)[0]["size"] == 16 * MIB);
-        assert_eq!(lab.size_of(&device), 16 * MIB);
+        assert_eq!(lab.size_of(&disk), 16 * MIB);
     }
-    device.detach();
+    // It serves on, and says in its log why it did nothing.
+    let refusals = || lab.sh("grep -cE 'has not grown|keeps the size' said || true").parse::<u32>().unwrap();
+    let before = refusals();
+    lab.sh(&format!("kill -HUP {pid}"));
+    wait_until("the log says so", || refusals() > before);
+    lab.sh(&format!(
+        "kill -TERM {pid}; until [ -s status ]; do sleep 0.05; done; [ $(cat status) = 0 ] || {{ cat said; false; }}"
+    ));
     assert_nothing_left(&lab);
 }
 
@@ -221,7 +231,7 @@ fn a_device_that_grew_is_recovered_as_large_as_it_was() {
     let device = lab.attach("disk.raw");
     let disk = &device.path;
     lab.sh(&format!("mount {disk} mnt; truncate -s 128M disk.raw"));
-    let has_grown = grows(&lab, &device);
+    let has_grown = grows(&lab, &device.path);
     let kill = || {
         lab.sh(&format!("kill -KILL {}", device.pid()));
         wait_until("list says dead", || listed(&lab)[0]["state"] == "dead");
@@ -238,7 +248,7 @@ fn a_device_that_grew_is_recovered_as_large_as_it_was() {
     assert!(said.contains("is dead") && said.contains(&format!("vdisk recover {disk} first")), "{said}");
     let said = lab.sh(&format!("timeout 150 $vdisk recover {disk} 2>&1"));
     assert!(said.contains("the image has grown: vdisk grow"), "{said}");
-    assert_eq!((lab.size_of(&device), listed(&lab)[0]["size"].as_u64()), (size, Some(size)));
+    assert_eq!((lab.size_of(&device.path), listed(&lab)[0]["size"].as_u64()), (size, Some(size)));
     lab.sh("head -c 10M /dev/urandom >mnt/a; sha256sum <mnt/a >sum; sync");
     if has_grown {
         lab.sh(&format!("$vdisk grow {disk}"));
@@ -247,10 +257,34 @@ fn a_device_that_grew_is_recovered_as_large_as_it_was() {
         size = 192 * MIB;
     }
     lab.sh(&format!("timeout 150 $vdisk recover --upgrade {disk}"));
-    assert_eq!((lab.size_of(&device), listed(&lab)[0]["size"].as_u64()), (size, Some(size)));
+    assert_eq!((lab.size_of(&device.path), listed(&lab)[0]["size"].as_u64()), (size, Some(size)));
     lab.sh("sha256sum <mnt/a | cmp - sum");
     lab.sh("umount mnt");
     device.detach();
     lab.sh("e2fsck -fn disk.raw");
+    assert_nothing_left(&lab);
+}
+
+#[test]
+fn a_block_device_that_is_an_image_grows() {
+    let lab = Lab::new();
+    if !lab.try_sh("modprobe -q loop || true; test -e /dev/loop-control").status.success() {
+        assert!(std::env::var_os("VDISK_VM").is_none(), "no loop devices");
+        println!("skipped: this kernel has no loop devices");
+        return;
+    }
+    lab.sh("truncate -s 8M below");
+    let image = lab.sh("losetup -f --show below");
+    let device = lab.attach(&image);
+    // It goes when the server closes it.
+    lab.sh(&format!("losetup -d {image}; truncate -s 16M below; losetup -c {image}"));
+    if grows(&lab, &device.path) {
+        lab.sh(&format!(
+            "$vdisk grow {d}; printf end | dd of={d} bs=1 seek=$((16 * 1024 * 1024 - 3)) conv=notrunc,fsync",
+            d = device.path
+        ));
+        assert_eq!((lab.size_of(&device.path), lab.sh("tail -c 3 below")), (16 * MIB, "end".to_owned()));
+    }
+    device.detach();
     assert_nothing_left(&lab);
 }
