@@ -78,9 +78,9 @@ impl Stop {
     pub fn grow(&self, size: u64) -> Result<(), Error> {
         let (tell, told) = mpsc::channel();
         let mut state = self.lock();
-        if !state.ended {
-            state.growth = Some(Growth { size, tell });
-        }
+        // Dropped if there is nobody to take it: the wait below ends by that.
+        let growth = Growth { size, tell };
+        state.growth = (!state.ended).then_some(growth);
         drop(state);
         self.0.changed.notify_all();
         told.recv().unwrap_or(Err(Error::Ended))
