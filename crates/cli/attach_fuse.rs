@@ -34,7 +34,9 @@ pub(crate) fn serve(
     stop: &Stop,
 ) -> Result<(), ServeFailure> {
     let (stopper, stopped) = vdisk_fuse::stop_channel();
+    let grower = stopper.clone();
     stop.arm(move || stopper.stop());
+    stop.arm_grow(move |size| grower.grow(size).map_err(|e| Failure::from_error(&e)));
     let notice = options.depth.map(|_| "--depth is for ublk only: a loop device has 128 requests in flight".to_owned());
     let options = Options { name: file_name(server), threads: options.queues.map(usize::from) };
     let made = Cell::new(None);

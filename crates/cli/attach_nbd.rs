@@ -50,6 +50,8 @@ pub(crate) fn serve(
     let made = Cell::new(None);
     let connected = |index, path: &Path| {
         made.set(Some(index));
+        let id = id.clone();
+        stop.arm_grow(move |size| kernel::grow(index, size, &id).map_err(|e| Failure::from_error(&e)));
         (callbacks.added)(path);
     };
     let ready = |device: &kernel::Device| {

@@ -75,7 +75,7 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     let stop = Stop::default();
     if !args.dry_run {
         let held = signals::hold(false).map_err(|e| Failure::doing("hold signals", &e))?;
-        held.on_end(stop.clone()).map_err(|e| Failure::doing("wait for signals", &e))?;
+        held.on_end(stop.clone(), None).map_err(|e| Failure::doing("wait for signals", &e))?;
     }
     let image = Opened::open_to_compact(&args.image)?;
     if let Some((_, device)) = image.files.iter().find(|(_, f)| f.is_writable() && f.dev_and_ino().is_none()) {

@@ -73,7 +73,7 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<(), (String, Failure)> {
 }
 
 /// Finds what is meant by a device or an image.
-fn find(what: &Path, states: Vec<State>) -> Result<State> {
+pub(crate) fn find(what: &Path, states: Vec<State>) -> Result<State> {
     let real =
         Location::of(what).real_path().or_else(|_| std::path::absolute(what)).unwrap_or_else(|_| what.to_owned());
     let image = real.to_string_lossy();
@@ -82,7 +82,7 @@ fn find(what: &Path, states: Vec<State>) -> Result<State> {
     match (found.next(), found.next()) {
         (Some(state), None) => Ok(state),
         (None, _) => Err(match whole_of(&real) {
-            Some(whole) => Failure::new(format!("is a partition of {}", whole.display())).hint("detach that"),
+            Some(whole) => Failure::new(format!("is a partition of {}", whole.display())).hint("name that"),
             None => Failure::new("is not attached").hint("vdisk list shows what is"),
         }),
         (Some(first), Some(second)) => {
@@ -307,7 +307,7 @@ pub(crate) fn clear(books: &Books<'_>, state: &State) -> Result<()> {
     books.remove(&state)
 }
 
-fn log_of(state: &State) -> String {
+pub(crate) fn log_of(state: &State) -> String {
     match state.log.as_str() {
         crate::logging::JOURNAL => format!("its log: journalctl _PID={}", state.pid),
         place => format!("its log: {place}"),

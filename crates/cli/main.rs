@@ -13,6 +13,7 @@ mod check;
 mod compact;
 mod detach;
 mod failure;
+mod grow;
 mod hygiene;
 mod identity;
 mod in_use;
@@ -79,6 +80,7 @@ enum Verb {
     Check(check::Args),
     Compact(compact::Args),
     Recover(recover::Args),
+    Grow(grow::Args),
 }
 
 fn main() -> ExitCode {
@@ -96,6 +98,7 @@ fn main() -> ExitCode {
         }
         Verb::Recover(args) => recover::run(args, cli.verbose, cli.ready_pipe)
             .map_err(|e| (format!("recover {}", args.image.display()), e)),
+        Verb::Grow(args) => grow::run(args, cli.verbose).map_err(|e| (format!("grow {}", args.what.display()), e)),
         Verb::Check(args) => {
             check::run(args, cli.verbose).map_err(|e| (format!("check {}", args.image.image.display()), e))
         }

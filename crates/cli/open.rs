@@ -249,13 +249,13 @@ impl Opened {
     }
 
     pub(crate) fn geometry(&self) -> Geometry {
-        *self.disk.geometry()
+        self.disk.geometry()
     }
 
     /// Flushes only, for requests may still be under way: the image is not called clean.
     pub(crate) fn flush(&self) -> Result<()> {
         let io = BlockingIo::new(Arc::clone(&self.files));
-        let flush = Request::check(self.disk.geometry(), Op::Flush, 0, 0, Flags::default());
+        let flush = Request::check(&self.disk.geometry(), Op::Flush, 0, 0, Flags::default());
         let flushed = flush.and_then(|flush| block_on(self.disk.serve(&io, flush, &io.alloc(512))));
         flushed.map_err(|e| Failure::doing("flush", &e))
     }

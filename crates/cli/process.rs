@@ -58,6 +58,11 @@ impl Process {
         self.signal(Signal::USR1)
     }
 
+    /// Asks it to look how large its image is.
+    pub(crate) fn look_again(&self) -> io::Result<()> {
+        self.signal(Signal::HUP)
+    }
+
     /// Ends it at once.
     pub(crate) fn kill(&self) -> io::Result<()> {
         self.signal(Signal::KILL)

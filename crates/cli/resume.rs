@@ -10,9 +10,9 @@ use crate::identity::Identity;
 use crate::open::Opened;
 use crate::options::{DirectIo, ImageOptions, ZeroCopy};
 use crate::overlay::Overlay;
-use crate::size;
 use crate::state::{State, StateDir};
 use crate::transport::{Choice, Transport};
+use crate::{grow, size};
 
 /// The options with paths that do not depend on the working directory.
 pub(crate) fn anywhere(options: &ImageOptions) -> Result<ImageOptions> {
@@ -110,11 +110,14 @@ impl State {
     pub(crate) fn check_fits(&self, image: &Opened) -> Result<()> {
         let device = self.device.display();
         let geometry = image.geometry();
-        if (geometry.size, geometry.read_only) != (self.size, self.read_only) {
+        let size = grow::size_of(self);
+        // A raw image may have grown meanwhile, or before its server could tell the device.
+        let has_size = geometry.size == size || geometry.size > size && image.disk.can_grow();
+        if !has_size || geometry.read_only != self.read_only {
             let what = |size, read_only| {
                 format!("{}, {}", size::human(size), if read_only { "read-only" } else { "read-write" })
             };
-            let (was, is) = (what(self.size, self.read_only), what(geometry.size, geometry.read_only));
+            let (was, is) = (what(size, self.read_only), what(geometry.size, geometry.read_only));
             return Err(Failure::new(format!(
                 "{device} waits for a server of this image ({was}), and this would be {is}"
             ))

@@ -50,7 +50,7 @@ pub(crate) fn run(args: &Args, verbose: bool) -> Result<()> {
     refuse_own_file(args, &image)?;
     let taken_over = image.keep_ledger(&args.image)?;
     let stop = Stop::default();
-    held.on_end(stop.clone()).map_err(|e| Failure::doing("start a thread", &e))?;
+    held.on_end(stop.clone(), None).map_err(|e| Failure::doing("start a thread", &e))?;
     let ready = |where_to_find_it: &[String]| {
         for place in where_to_find_it {
             let _ = writeln!(io::stderr(), "vdisk: {place}");

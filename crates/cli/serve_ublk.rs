@@ -58,12 +58,13 @@ pub(crate) fn take_over(image: &Opened, id: u32, callbacks: Callbacks, stop: &St
 
 fn armed(stop: &Stop, kept: WhyKept) -> vdisk_ublk::Stop {
     let device_stop = vdisk_ublk::Stop::new();
-    let (to_stop, to_let_go) = (device_stop.clone(), device_stop.clone());
+    let [to_stop, to_let_go, to_grow] = [(); 3].map(|()| device_stop.clone());
     stop.arm(move || to_stop.trigger());
     stop.arm_let_go(move || match kept() {
         None => to_let_go.let_go(),
         Some(why) => tracing::error!("the device is not let go of, another server could not go on with it: {why}"),
     });
+    stop.arm_grow(move |size| to_grow.grow(size).map_err(|e| Failure::from_error(&e)));
     device_stop
 }
 

@@ -1,6 +1,7 @@
 //! The process that serves a block device, from its first step to its end.
 
 use std::path::Path;
+use std::sync::mpsc;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 use std::{env, fs, thread};
@@ -19,7 +20,7 @@ use crate::session::Session;
 use crate::signals::{self, Stop};
 use crate::state::{State, StateDir};
 use crate::transport::{Callbacks, End, Transport};
-use crate::{hygiene, logging, read_ahead};
+use crate::{grow, hygiene, logging, read_ahead};
 
 /// How long the end of a server may take that was killed just now.
 const LAST_BREATH: Duration = Duration::from_secs(3);
@@ -32,7 +33,7 @@ pub(crate) fn run(args: &Args, wanted: Option<&State>, verbose: bool, background
     if background {
         hygiene::close_inherited();
     }
-    let held = signals::hold(background).map_err(|e| Failure::doing("block signals", &e))?;
+    let held = signals::hold(true).map_err(|e| Failure::doing("block signals", &e))?;
     let dir = StateDir::host();
     let mut reporter = Reporter::new(background);
     let log = match start_log(verbose, background, dir) {
@@ -59,7 +60,7 @@ pub(crate) fn run(args: &Args, wanted: Option<&State>, verbose: bool, background
     session.finish(served)
 }
 
-fn lock(session: &Mutex<Session>) -> MutexGuard<'_, Session> {
+pub(crate) fn lock(session: &Mutex<Session>) -> MutexGuard<'_, Session> {
     session.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -94,7 +95,8 @@ fn serve(args: &Args, wanted: Option<&State>, held: signals::Held, session: &Arc
     }
     let _ = env::set_current_dir("/");
     let stop = Stop::default();
-    held.on_end(stop.clone()).map_err(|e| Failure::doing("start a thread", &e))?;
+    let (look, asked) = mpsc::channel();
+    held.on_end(stop.clone(), Some(look)).map_err(|e| Failure::doing("start a thread", &e))?;
     let waiting = lock(session).claim_books(&Identity::of(&path, &image), args, wanted)?;
     let (log, resume) = (lock(session).log.clone(), Resume::new(kept, args.direct_io, &image));
     let mut state = State::of_this_process(transport, &path, image.geometry(), log, resume)?;
@@ -109,6 +111,7 @@ fn serve(args: &Args, wanted: Option<&State>, held: signals::Held, session: &Arc
     state.resume = state.resume.with_ledger_of(&image);
 
     watch_for_poison(&image, &state, session)?;
+    grow::watch(&image, session, &stop, asked)?;
     let mut served = Ok(End::Gone);
     let mut may_close = true;
     // One that waits is served first, and its requests with it, whatever is to become of it.

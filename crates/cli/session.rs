@@ -11,7 +11,7 @@ use crate::overlay::Overlay;
 use crate::report::Reporter;
 use crate::signals::Stop;
 use crate::state::{Books, State, StateDir};
-use crate::{in_use, logging, partitions, serve_ublk};
+use crate::{grow, in_use, logging, partitions, serve_ublk};
 
 /// What the callbacks of the transport and the end of the process share.
 pub(crate) struct Session {
@@ -146,6 +146,11 @@ impl Session {
             self.reporter.notice(format!("{device} was there already, and keeps {what}"));
         }
         state.device.clone_from(&dead.device);
+        // It keeps its size until it is told otherwise.
+        let image_size = std::mem::replace(&mut state.size, grow::size_of(dead));
+        if state.size < image_size {
+            self.reporter.notice(format!("the image has grown: vdisk grow {device} has the device follow"));
+        }
         state.resume = state.resume.clone().take_over(&dead.resume);
         let mut left = dead.clone();
         left.resume = state.resume.clone().left_by(&dead.resume);
@@ -181,6 +186,26 @@ impl Session {
     pub(crate) fn poisoned(&mut self, why: &str) -> Result<()> {
         let Some(state) = &mut self.state else { return Ok(()) };
         state.poisoned = Some(why.to_owned());
+        self.enter()
+    }
+
+    /// How large the device is, once it can be used.
+    pub(crate) fn size(&self) -> Option<u64> {
+        self.state.as_ref().filter(|state| state.ready).map(|state| state.size)
+    }
+
+    /// The device has grown to this size, or why not.
+    pub(crate) fn answer(&mut self, grown: Result<u64>) -> Result<()> {
+        let Some(state) = &mut self.state else { return Ok(()) };
+        state.answers = state.answers.map(|answers| answers + 1);
+        state.not_grown = grown.as_ref().err().map(ToString::to_string);
+        match grown {
+            Ok(size) => {
+                tracing::info!("{} has grown from {} to {size} bytes", state.device.display(), state.size);
+                state.size = size;
+            }
+            Err(failure) => tracing::warn!("{}: {failure}", state.image),
+        }
         self.enter()
     }
 

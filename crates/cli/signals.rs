@@ -1,28 +1,36 @@
-//! SIGTERM and SIGINT end a server in an orderly way, and in the foreground so does SIGHUP, which a background process ignores.
+//! SIGTERM and SIGINT end a server in an orderly way, and so does SIGHUP one that has no device. With a device, SIGHUP has it look whether
+//! the image has grown.
 
 use std::fs;
 use std::io;
 use std::mem;
+use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread;
 
 use nix::sys::signal::{SigSet, Signal};
 
+use crate::failure::{Failure, Result};
+
 /// SIGUSR1 has a device let go of, for another server.
 const LET_GO: Signal = Signal::SIGUSR1;
+/// Of the terminal, or of somebody who has made the image longer.
+const LOOK: Signal = Signal::SIGHUP;
 
 /// The signals are held back from all threads that are started from here on.
 pub(crate) struct Held(SigSet);
 
 /// Holds the signals back. To be called before there are other threads. (SIGPIPE is ignored by every Rust program.)
-pub(crate) fn hold(background: bool) -> nix::Result<Held> {
-    let mut held = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP, LET_GO]);
+///
+/// With a device, SIGHUP is for us whatever nohup(1) has arranged.
+pub(crate) fn hold(has_device: bool) -> nix::Result<Held> {
+    let mut held = SigSet::from_iter([Signal::SIGTERM, Signal::SIGINT, LOOK, LET_GO]);
     // A limit on the size of files (RLIMIT_FSIZE) is to be an error of the write, not the end of the server.
     SigSet::from_iter([Signal::SIGXFSZ]).thread_block()?;
     held.thread_block()?;
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    if background || ignores(&status, Signal::SIGHUP) {
-        held.remove(Signal::SIGHUP);
+    if !has_device && ignores(&status, LOOK) {
+        held.remove(LOOK);
     }
     Ok(Held(held))
 }
@@ -35,16 +43,19 @@ fn ignores(status: &str, signal: Signal) -> bool {
 }
 
 impl Held {
-    /// Gives `stop` at the first signal that ends the process, also at one that came before. Later ones are ignored.
-    pub(crate) fn on_end(self, stop: Stop) -> io::Result<()> {
+    /// Gives `stop` at the first signal that ends the process, also at one that came before. Later ones are ignored. With a device,
+    /// each SIGHUP is a word on `look`.
+    pub(crate) fn on_end(self, stop: Stop, look: Option<Sender<()>>) -> io::Result<()> {
         let wait = move || loop {
-            match self.0.wait() {
-                Ok(LET_GO) => stop.let_go(),
-                Ok(signal) => {
+            match (self.0.wait(), &look) {
+                (Ok(LET_GO), _) => stop.let_go(),
+                // Nobody hears it who ends already.
+                (Ok(LOOK), Some(look)) => drop(look.send(())),
+                (Ok(signal), _) => {
                     tracing::info!("{signal}: draining");
                     return stop.give();
                 }
-                Err(e) => return tracing::error!("waiting for signals: {e}"),
+                (Err(e), _) => return tracing::error!("waiting for signals: {e}"),
             }
         };
         thread::Builder::new().name("signals".to_owned()).spawn(wait).map(drop)
@@ -53,9 +64,14 @@ impl Held {
 
 /// The signal to stop, whatever the transport understands by it. Clones give the same one.
 #[derive(Clone, Default)]
-pub(crate) struct Stop(Arc<Mutex<Stage>>, Arc<Mutex<Option<LetGo>>>);
+pub(crate) struct Stop {
+    stage: Arc<Mutex<Stage>>,
+    let_go: Arc<Mutex<Option<LetGo>>>,
+    grow: Arc<Mutex<Option<Grow>>>,
+}
 
 type LetGo = Box<dyn Fn() + Send>;
+type Grow = Arc<dyn Fn(u64) -> Result<()> + Send + Sync>;
 
 #[derive(Default)]
 enum Stage {
@@ -87,11 +103,22 @@ impl Stop {
 
     /// What is to be done at the signal to let go of the device.
     pub(crate) fn arm_let_go(&self, action: impl Fn() + Send + 'static) {
-        *self.1.lock().unwrap_or_else(PoisonError::into_inner) = Some(Box::new(action));
+        *locked(&self.let_go) = Some(Box::new(action));
+    }
+
+    /// How the kernel is told that the device has so many bytes now.
+    pub(crate) fn arm_grow(&self, action: impl Fn(u64) -> Result<()> + Send + Sync + 'static) {
+        *locked(&self.grow) = Some(Arc::new(action));
+    }
+
+    /// Has the kernel told, and waits for that.
+    pub(crate) fn grow(&self, size: u64) -> Result<()> {
+        let action = locked(&self.grow).clone();
+        action.map_or_else(|| Err(Failure::new("there is no device")), |action| action(size))
     }
 
     fn let_go(&self) {
-        match &*self.1.lock().unwrap_or_else(PoisonError::into_inner) {
+        match &*locked(&self.let_go) {
             Some(action) => {
                 tracing::info!("{LET_GO}: letting go of the device");
                 action();
@@ -105,8 +132,12 @@ impl Stop {
     }
 
     fn stage(&self) -> MutexGuard<'_, Stage> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        locked(&self.stage)
     }
+}
+
+fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

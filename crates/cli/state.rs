@@ -26,7 +26,7 @@ pub(crate) struct State {
     pub(crate) transport: Transport,
     /// The image's real path. Bytes that are no UTF-8 are replaced: it is compared with names treated the same way.
     pub(crate) image: String,
-    /// In bytes.
+    /// Of the device, in bytes.
     pub(crate) size: u64,
     pub(crate) read_only: bool,
     pub(crate) pid: u32,
@@ -39,6 +39,12 @@ pub(crate) struct State {
     /// Why the image takes no more changes, if it does not: a sync failed.
     #[serde(default)]
     pub(crate) poisoned: Option<String>,
+    /// How often the process has said whether the device has grown; `None` from one that does not know how.
+    #[serde(default)]
+    pub(crate) answers: Option<u64>,
+    /// Why not, the last time.
+    #[serde(default)]
+    pub(crate) not_grown: Option<String>,
     /// Why the process ended in failure.
     pub(crate) error: Option<String>,
     /// After such a failure: whether the process took the device away, whose number others may have by now.
@@ -71,6 +77,8 @@ impl State {
             log,
             ready: false,
             poisoned: None,
+            answers: Some(0),
+            not_grown: None,
             error: None,
             device_gone: false,
             resume,
@@ -115,7 +123,7 @@ impl State {
         self.error.as_deref().or(self.poisoned.as_deref())
     }
 
-    fn is_of_same_process(&self, other: &Self) -> bool {
+    pub(crate) fn is_of_same_process(&self, other: &Self) -> bool {
         (self.pid, self.start_time) == (other.pid, other.start_time)
     }
 }
@@ -368,6 +376,15 @@ mod tests {
         let mut taken_over = starting.clone();
         taken_over.resume.taking_over = true;
         assert_eq!(taken_over.word(), "recovering");
+    }
+
+    #[test]
+    fn who_serves_and_has_never_heard_of_growing_is_known_by_its_file() {
+        let mut file = serde_json::to_value(state("/dev/nbd0")).unwrap();
+        assert_eq!(file["answers"], 0);
+        let fields = file.as_object_mut().unwrap();
+        assert!(fields.remove("answers").is_some() && fields.remove("not_grown").is_some());
+        assert_eq!(serde_json::from_value::<State>(file).unwrap().answers, None);
     }
 
     #[test]

@@ -10,6 +10,7 @@ mod bad_input;
 mod data;
 mod discard;
 mod faults;
+mod grow;
 mod lab;
 mod log_writes;
 mod many;

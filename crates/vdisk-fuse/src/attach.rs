@@ -14,7 +14,7 @@ use vdisk_io::FileSet;
 use crate::error::Error;
 use crate::loop_device::{self, LoopDevice, Setup};
 use crate::mount;
-use crate::session::{self, THREADS};
+use crate::session::{self, Grower, THREADS};
 use crate::stop::{End, Stop};
 use crate::view::{Gate, Shape, View};
 
@@ -59,11 +59,11 @@ pub fn attach(
     let gate = Gate::open();
     let view = View::new(disk, files, Shape::Behind(OsString::from(&options.name)), gate.clone());
     let (mount, kernel) = mount::detached().map_err(Error::step("mount a FUSE file system"))?;
-    session::serve_detached(view, &mount, kernel, options.threads.unwrap_or(THREADS), stop)?;
-    let served = bind(&mount, options, setup).and_then(|(device, node)| {
+    let grower = session::serve_detached(view, &mount, kernel, options.threads.unwrap_or(THREADS), stop)?;
+    let served = bind(&mount, options, setup).and_then(|bound| {
         // From here on the device alone keeps the mount.
         drop(mount);
-        serve(device, node, options, setup, added, ready, stop)
+        serve(bound, options, setup, &grower, added, ready, stop)
     });
     gate.close();
     served
@@ -75,10 +75,10 @@ fn bind(mount: &OwnedFd, options: &Options, setup: Setup) -> Result<(LoopDevice,
 }
 
 fn serve(
-    device: LoopDevice,
-    node: File,
+    (device, node): (LoopDevice, File),
     options: &Options,
     setup: Setup,
+    grower: &Grower,
     added: impl FnOnce(&Path),
     ready: impl FnOnce(&Path),
     stop: &Stop,
@@ -89,7 +89,8 @@ fn serve(
     drop(node);
     let ended = kept.and_then(|()| {
         ready(&path);
-        match stop.wait() {
+        let grow = |size| grower.grow(size).and_then(|()| device.grow(&options.name, size));
+        match stop.wait(|size| grow(size).map_err(Error::step(format!("make {} larger", path.display())))) {
             End::Asked => Ok(()),
             End::Unmounted(Ok(())) => {
                 tracing::info!("{} was unbound by somebody else", path.display());

@@ -22,6 +22,9 @@ pub enum Error {
         /// The host's error.
         source: io::Error,
     },
+    /// The device is going away.
+    #[error("the device is not served any more")]
+    Ended,
     /// The place for the file cannot be used.
     #[error("{0}")]
     Place(String),

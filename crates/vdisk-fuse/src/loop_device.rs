@@ -21,6 +21,7 @@ mod ioctl {
     nix::ioctl_none_bad!(get_free, sys::LOOP_CTL_GET_FREE);
     nix::ioctl_write_ptr_bad!(configure, sys::LOOP_CONFIGURE, sys::loop_config);
     nix::ioctl_write_ptr_bad!(set_status, sys::LOOP_SET_STATUS64, sys::loop_info64);
+    nix::ioctl_none_bad!(set_capacity, sys::LOOP_SET_CAPACITY);
     nix::ioctl_none_bad!(clear, sys::LOOP_CLR_FD);
 }
 
@@ -96,6 +97,29 @@ impl LoopDevice {
         // SAFETY: LOOP_SET_STATUS64 reads a `loop_info64`, and this is one; the descriptor is open.
         unsafe { ioctl::set_status(node.as_raw_fd(), &info) }?;
         Ok(())
+    }
+
+    /// Gives the device the size that the kernel knows of the file, which has this name, and makes sure that it is `size`.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub(crate) fn grow(self, file: &str, size: u64) -> io::Result<()> {
+        let node = self.open(true)?;
+        // As long as we have it open its number cannot go to another file.
+        if !self.is_bound_to(file)? {
+            return Err(io::Error::other("somebody has unbound it"));
+        }
+        #[expect(unsafe_code, reason = "an ioctl without argument")]
+        // SAFETY: LOOP_SET_CAPACITY takes no argument; the descriptor is open.
+        unsafe { ioctl::set_capacity(node.as_raw_fd()) }?;
+        let sectors = fs::read_to_string(format!("/sys/block/loop{}/size", self.0))?;
+        match sectors.trim_end().parse::<u64>() {
+            Ok(sectors) if sectors != size / 512 => {
+                Err(io::Error::other(format!("the kernel leaves it at {sectors} sectors, the file has {size} bytes")))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Unbinds the device from its file: at once if nobody has it open, else when the last one closes it. Answers whether it

@@ -60,7 +60,7 @@ fn mounted(disk: Arc<Disk>, files: Arc<FileSet>, place: &Path, ready: impl FnOnc
     let at = place.to_owned();
     session::start(stop, move || Session::new(view, &at, &config).map_err(|e| mounting(&at, e)))?;
     ready();
-    let ended = match stop.wait() {
+    let ended = match stop.wait(|_| Err(Error::Ended)) {
         End::Asked => {
             // What programs have mapped and changed is written back while requests are still served.
             let synced = File::open(place).and_then(|file| file.sync_all());

@@ -5,11 +5,11 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::mpsc;
 use std::thread;
 
-use fuser::{Config, Session, SessionACL};
+use fuser::{Config, INodeNo, Notifier, Session, SessionACL};
 use nix::sched::{CloneFlags, unshare};
 
 use crate::error::Error;
-use crate::stop::{End, Stop};
+use crate::stop::{End, Stop, Word};
 use crate::view::View;
 
 /// Threads that serve requests, each one at a time: docs/measurements.md.
@@ -37,7 +37,7 @@ pub(crate) fn start(
         Ok(session) => {
             // A failed send here and below: nobody waits any more, the server was stopped.
             let _ = tell.send(Ok(()));
-            let _ = ends.send(End::Unmounted(session.run()));
+            let _ = ends.send(Word::End(End::Unmounted(session.run())));
         }
         Err(e) => drop(tell.send(Err(e))),
     };
@@ -54,6 +54,32 @@ fn own_descriptors() -> io::Result<()> {
     Ok(rustix::stdio::dup2_stdout(null()?)?)
 }
 
+/// Tells the kernel that the file has become larger.
+#[derive(Debug)]
+pub(crate) struct Grower(mpsc::Sender<(u64, mpsc::Sender<io::Result<()>>)>);
+
+impl Grower {
+    /// On a thread of its own, started by one that serves: it has to have the descriptors that they have.
+    fn start(notifier: Notifier, file: INodeNo) -> io::Result<Self> {
+        let (ask, asked) = mpsc::channel::<(u64, mpsc::Sender<_>)>();
+        let answer = move || {
+            for (size, tell) in asked {
+                // Nothing is stored, and what ends behind the file makes it longer for the kernel (fs/fuse/dev.c, fuse_notify_store).
+                let _ = tell.send(notifier.store(file, size, &[]));
+            }
+        };
+        thread::Builder::new().name("fuse-grow".to_owned()).spawn(answer)?;
+        Ok(Self(ask))
+    }
+
+    pub(crate) fn grow(&self, size: u64) -> io::Result<()> {
+        let (tell, told) = mpsc::channel();
+        let gone = || io::Error::other("its thread has ended");
+        self.0.send((size, tell)).map_err(|_| gone())?;
+        told.recv().unwrap_or_else(|_| Err(gone()))
+    }
+}
+
 /// Serves the mount behind `kernel`, which goes over to the serving threads for good; `mount` stays with the caller alone.
 pub(crate) fn serve_detached(
     view: View,
@@ -61,16 +87,20 @@ pub(crate) fn serve_detached(
     kernel: OwnedFd,
     threads: usize,
     stop: &Stop,
-) -> Result<(), Error> {
-    let (mount, copy) = (mount.as_raw_fd(), kernel.as_raw_fd());
+) -> Result<Grower, Error> {
+    let (mount, copy, file) = (mount.as_raw_fd(), kernel.as_raw_fd(), view.file_inode());
+    let (tell, told) = mpsc::channel();
     start(stop, move || {
         close_copy(mount);
         // The loop driver asks as the kernel, and nobody else finds the mount.
-        Session::from_fd(view, kernel, SessionACL::All, config(threads)).map_err(Error::step("talk to /dev/fuse"))
+        let session = Session::from_fd(view, kernel, SessionACL::All, config(threads));
+        let session = session.map_err(Error::step("talk to /dev/fuse"))?;
+        let _ = tell.send(Grower::start(session.notifier(), file).map_err(Error::step("start a thread"))?);
+        Ok(session)
     })?;
     // The thread has closed it in its own table only, or will.
     close_copy(copy);
-    Ok(())
+    told.recv().map_err(|e| Error::step("start a thread")(io::Error::other(e)))
 }
 
 /// Closes a descriptor in this thread's table whose owner lives in another one.

@@ -19,7 +19,7 @@ use vdisk_io::{BlockingIo, Buf, FileSet, Limited, block_on, chain};
 pub(crate) const MAX_TRANSFER: usize = 1 << 20;
 /// Asynchronous requests that the kernel may have under way: as many as a loop device has (drivers/block/loop.c, 128).
 const MAX_BACKGROUND: u16 = 128;
-/// How long the kernel may use attributes without asking: only the space used ever changes.
+/// How long the kernel may use attributes without asking: only the space used changes, and the size when the kernel is told.
 const ATTRIBUTES_LAST: Duration = Duration::from_secs(1);
 
 /// Requests that failed: a full or poisoned image fails them all.
@@ -79,7 +79,7 @@ impl View {
         Self { disk, files, io, shape, gate, since: SystemTime::now(), user }
     }
 
-    fn file_inode(&self) -> INodeNo {
+    pub(crate) fn file_inode(&self) -> INodeNo {
         match self.shape {
             Shape::File => INodeNo::ROOT,
             Shape::Behind(_) => INodeNo(INodeNo::ROOT.0 + 1),
@@ -119,7 +119,7 @@ impl View {
     /// Serves one request on the calling thread. `buf` as for [`Disk::serve`].
     fn request(&self, op: Op, offset: u64, len: u64, flags: Flags, buf: &Buf) -> Result<(), Errno> {
         let _pass = self.gate.pass()?;
-        let request = Request::check(self.disk.geometry(), op, offset, len, flags);
+        let request = Request::check(&self.disk.geometry(), op, offset, len, flags);
         let served = request.and_then(|request| block_on(self.disk.serve(&self.io, request, buf)));
         served.map_err(|e| failed(op, offset, len, &e))
     }

@@ -167,7 +167,7 @@ impl Bench {
     fn request(&mut self, op: Op) {
         // Odd, so that every block has its turn.
         self.at = (self.at + 4_001 * BLOCK) % SIZE;
-        let request = Request::check(self.disk.geometry(), op, self.at, BLOCK, Flags::default()).unwrap();
+        let request = Request::check(&self.disk.geometry(), op, self.at, BLOCK, Flags::default()).unwrap();
         now(self.disk.serve(black_box(&self.engine), request, black_box(&self.buf))).unwrap();
     }
 }

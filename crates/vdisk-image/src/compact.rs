@@ -86,7 +86,7 @@ impl Disk {
             match &extent.layout {
                 _ if work.result.stopped => {}
                 Layout::Zero => {}
-                Layout::Flat { file, offset } => work.flat(*file, *offset, extent.len).await?,
+                Layout::Flat { file, offset } => work.flat(*file, *offset, extent.len()).await?,
                 Layout::Sparse(sparse) if sparse.frees_grains() => work.sparse(sparse, extent.start).await?,
                 Layout::Sparse(sparse) => {
                     let what = "is left as it is: the grains of a COWD extent stay where they are";

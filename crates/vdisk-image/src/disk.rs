@@ -7,6 +7,7 @@ use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, FileIo, read_bytes};
 use crate::flush::{self, Failed, FlushPlan, Rounds, Step};
 use crate::grace::Grace;
+use crate::grow::End;
 use crate::image::{Chain, Layout};
 use crate::inflate::{Inflating, Slots};
 use crate::info::Info;
@@ -23,7 +24,10 @@ use vmdk_parse::ContentId;
 /// An image that is open and can be served. Shared by all queues and connections.
 #[derive(Debug)]
 pub struct Disk {
-    pub(crate) geometry: Geometry,
+    pub(crate) read_only: bool,
+    /// See [`Geometry`].
+    pub(crate) preferred_block: u32,
+    pub(crate) end: End,
     pub(crate) chain: Chain,
     pub(crate) info: Info,
     /// What opening found to be wrong and went on.
@@ -57,9 +61,10 @@ pub(crate) struct File {
 }
 
 impl Disk {
-    /// Size and limits.
-    pub fn geometry(&self) -> &Geometry {
-        &self.geometry
+    /// Size and limits. The size may grow, but for what a caller has.
+    pub fn geometry(&self) -> Geometry {
+        let size = self.chain.top.size();
+        Geometry { size, read_only: self.read_only, preferred_block: self.preferred_block }
     }
 
     /// What the image is.
@@ -100,7 +105,7 @@ impl Disk {
         let (op, offset, len, flags) = (request.op(), request.offset(), request.len(), request.flags());
         tracing::trace!(?op, offset, len, fua = flags.fua, no_unmap = flags.no_unmap, "request");
         if len == 0 && op != Op::Flush {
-            return if flags.fua && !self.geometry.read_only { self.flush(io).await } else { Ok(()) };
+            return if flags.fua && !self.read_only { self.flush(io).await } else { Ok(()) };
         }
         if op == Op::Flush {
             return self.flush(io).await;
@@ -134,7 +139,7 @@ impl Disk {
     }
 
     pub(crate) async fn flush<I: FileIo>(&self, io: &I) -> Result<(), DiskError> {
-        if self.geometry.read_only {
+        if self.read_only {
             return Ok(());
         }
         self.check_poison()?;

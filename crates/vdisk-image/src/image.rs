@@ -5,6 +5,7 @@ use crate::file_io::FileId;
 use crate::inflate::Record;
 use crate::sparse::{MetaRef, Sparse};
 use std::iter;
+use std::sync::atomic::{AtomicU64, Ordering};
 use vmdk_parse::Access;
 
 /// Where a part of the disk is. `len` is never 0 and never more than was asked for.
@@ -38,8 +39,8 @@ pub(crate) struct Grain {
 pub(crate) struct Extent {
     /// First byte on the disk.
     pub(crate) start: u64,
-    /// Bytes.
-    pub(crate) len: u64,
+    /// Bytes. More of them as soon as the last extent has grown ([`crate::Disk::find_growth`]), never fewer.
+    len: AtomicU64,
     pub(crate) access: Access,
     pub(crate) layout: Layout,
 }
@@ -144,10 +145,29 @@ impl Chain {
     }
 }
 
+impl Extent {
+    pub(crate) fn new(start: u64, len: u64, access: Access, layout: Layout) -> Self {
+        Self { start, len: len.into(), access, layout }
+    }
+
+    pub(crate) fn len(&self) -> u64 {
+        self.len.load(Ordering::Acquire)
+    }
+
+    /// Where it ends on the disk.
+    pub(crate) fn end(&self) -> u64 {
+        self.start + self.len()
+    }
+
+    pub(crate) fn grow(&self, len: u64) {
+        self.len.fetch_max(len, Ordering::AcqRel);
+    }
+}
+
 impl Image {
     /// Bytes of the disk that it makes.
     pub(crate) fn size(&self) -> u64 {
-        self.extents.last().map_or(0, |e| e.start + e.len)
+        self.extents.last().map_or(0, Extent::end)
     }
 
     /// The extent at a byte of the disk.
@@ -156,11 +176,11 @@ impl Image {
     ///
     /// [`ErrorKind::OutOfRange`] past the last one.
     pub(crate) fn locate(&self, offset: u64, len: u64) -> Result<Place<'_>, DiskError> {
-        let index = self.extents.partition_point(|e| e.start + e.len <= offset);
+        let index = self.extents.partition_point(|e| e.end() <= offset);
         match self.extents.get(index) {
             Some(extent) => {
                 let inside = offset - extent.start;
-                Ok(Place { extent, offset: inside, len: len.min(extent.len - inside) })
+                Ok(Place { extent, offset: inside, len: len.min(extent.len() - inside) })
             }
             None => Err(DiskError::new(ErrorKind::OutOfRange, format!("no extent holds byte {offset} of the disk"))),
         }

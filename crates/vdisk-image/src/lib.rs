@@ -24,6 +24,7 @@ mod file_io;
 mod flush;
 mod free;
 mod grace;
+mod grow;
 mod image;
 mod inflate;
 mod info;

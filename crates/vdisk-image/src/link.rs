@@ -7,6 +7,7 @@ use crate::disk::size;
 use crate::error::{DiskError, ErrorKind};
 use crate::file_io::{FileId, Files, read_bytes};
 use crate::flush::Step;
+use crate::grow::End;
 use crate::image::{Extent, Layout};
 use crate::info::{ExtentInfo, Format, Info};
 use crate::open::{OpenOptions, Parent};
@@ -37,6 +38,7 @@ pub(crate) struct Link {
     pub(crate) faults: Vec<Fault>,
     /// Makes the end of longContentID what the CID is, where the two differ.
     pub(crate) content_id_step: Option<Step>,
+    pub(crate) end: End,
 }
 
 /// What all links of a chain that were opened have together.
@@ -72,8 +74,8 @@ impl<'a, F: Files> Opening<'a, F> {
             notices: Vec::new(),
         };
         let (extents, unclean, first_steps, faults) = Default::default();
-        let (new_content_id, parent, content_id_step) = (None, None, None);
-        let link = Link { extents, unclean, first_steps, new_content_id, parent, info, faults, content_id_step };
+        let (new_content_id, parent, content_id_step, end) = (None, None, None, End::Fixed);
+        let link = Link { extents, unclean, first_steps, new_content_id, parent, info, faults, content_id_step, end };
         Self { files, options, read_only, so_far, link }
     }
 
@@ -89,6 +91,7 @@ impl<'a, F: Files> Opening<'a, F> {
                 let len = self.len(image)?;
                 let (descriptor, text) = self.descriptor(image, 0, len).await?;
                 self.described(image, 0, &descriptor, &text).await?;
+                self.link.end = End::Descriptor { file: image, text };
             }
         }
         if self.link.info.size == 0 {
@@ -100,6 +103,7 @@ impl<'a, F: Files> Opening<'a, F> {
 
     fn raw(&mut self, file: FileId) -> Result<(), DiskError> {
         self.link.info.format = Format::Raw;
+        self.link.end = End::File;
         let len = self.len(file)?;
         let size = len - len % SECTOR_SIZE;
         if size < len {
@@ -264,7 +268,7 @@ impl<'a, F: Files> Opening<'a, F> {
         let file = file.map(|f| self.name(f));
         self.link.info.extents.push(ExtentInfo { kind: line.kind, access: line.access, size: len, file, offset });
         if len > 0 {
-            self.link.extents.push(Extent { start, len, access: line.access, layout });
+            self.link.extents.push(Extent::new(start, len, line.access, layout));
         }
         Ok(())
     }

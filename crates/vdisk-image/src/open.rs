@@ -9,7 +9,6 @@ use crate::file_io::{FileId, Files};
 use crate::image::{Chain, Image};
 use crate::info::Format;
 use crate::link::{Link, Opening, SoFar};
-use crate::request::Geometry;
 use vmdk_parse::ContentId;
 
 /// Links of a chain at most: a chain that goes round in a circle ends somewhere.
@@ -230,11 +229,9 @@ impl Link {
         let mut chain = Chain { top: Image { extents: self.extents }, parents };
         chain.share_memory(TABLE_BYTES);
         Disk {
-            geometry: Geometry {
-                size: self.info.size,
-                read_only: options.read_only,
-                preferred_block: grain.and_then(|g| u32::try_from(g).ok()).unwrap_or(4096),
-            },
+            read_only: options.read_only,
+            preferred_block: grain.and_then(|g| u32::try_from(g).ok()).unwrap_or(4096),
+            end: self.end,
             chain,
             files: names.into_iter().map(file).collect(),
             cache: GrainCache::new(options.cache_bytes, grain.unwrap_or(u64::MAX)),

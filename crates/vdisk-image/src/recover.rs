@@ -46,7 +46,7 @@ impl Disk {
     /// by, has no use for it.
     pub fn needs_ledger(&self) -> bool {
         let tables = self.chain.top.writable_sparse().count();
-        (1..EXTENTS).contains(&tables) && self.new_content_id.is_some() && !self.geometry.read_only
+        (1..EXTENTS).contains(&tables) && self.new_content_id.is_some() && !self.read_only
     }
 
     /// Whether what a ledger had is not to be had any more: a sync has failed, or somebody who did not know of it has closed or changed
@@ -58,7 +58,7 @@ impl Disk {
 
     /// Whether a write that was answered is lost with this process, unless a ledger is kept or it was flushed.
     pub fn may_lose_entries(&self) -> bool {
-        !self.geometry.read_only && self.chain.top.writable_sparse().next().is_some()
+        !self.read_only && self.chain.top.writable_sparse().next().is_some()
     }
 
     /// The content ID that the image has, and the one that it gets from this disk's first change.

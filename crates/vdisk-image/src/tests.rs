@@ -11,6 +11,7 @@ mod create;
 mod doubly_used;
 mod faults;
 mod fixtures;
+mod grow;
 mod hostile;
 mod map;
 mod memory_limits;

@@ -291,7 +291,7 @@ impl Disk {
         let (file, zeroed) = (ticket.file(), ticket.is_zero_filled());
         for Rest { offset, len, at, from_below } in ticket.rest(place.offset, len, !self.chain.parents.is_empty()) {
             // The last grain may reach past the extent.
-            let len = len.min(place.extent.len.saturating_sub(offset));
+            let len = len.min(place.extent.len().saturating_sub(offset));
             if len > 0 {
                 batch.gaps.push(Gap { offset: place.extent.start + offset, len, file, at, from_below, zeroed });
             }

@@ -183,7 +183,7 @@ impl Disk {
     /// The extent, if `len` bytes at this place are a whole grain of it that may lose its entry.
     fn covers_grain<'a>(&self, place: Place<'a>, len: u64, how: Zeroing) -> Option<&'a Sparse> {
         let Layout::Sparse(extent) = &place.extent.layout else { return None };
-        let is_last = place.offset + len == place.extent.len;
+        let is_last = place.offset + len == place.extent.len();
         let is_whole = place.offset.is_multiple_of(extent.grain) && (len == extent.grain || is_last);
         let may = how != Zeroing::Keep && self.chain.parents.is_empty() && extent.frees_grains();
         (is_whole && may).then_some(&**extent)

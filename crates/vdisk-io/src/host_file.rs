@@ -146,6 +146,19 @@ impl HostFile {
         }
     }
 
+    /// Length in bytes, of a file that somebody may have made longer on purpose: it counts as cut when it is shorter again.
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn len_again(&self) -> io::Result<u64> {
+        let len = self.len()?;
+        if self.made_len.load(Ordering::Acquire) > 0 {
+            self.made_len.fetch_max(len, Ordering::AcqRel);
+        }
+        Ok(len)
+    }
+
     /// Whether the length is 0.
     ///
     /// # Errors

@@ -11,7 +11,7 @@ use vdisk_io::Buf;
 ///
 /// Futures of [`Backend::serve`] are always polled to the end, whatever becomes of the connection.
 pub trait Backend: 'static {
-    /// Size and limits; they do not change.
+    /// Size and limits; the size may grow.
     fn geometry(&self) -> Geometry;
 
     /// Serves one request, as [`Disk::serve`] does: `buf` holds at least `request.len()` bytes for reads and writes.
@@ -34,7 +34,7 @@ impl<I> DiskBackend<I> {
 
 impl<I: FileIo<Buf = Buf> + 'static> Backend for DiskBackend<I> {
     fn geometry(&self) -> Geometry {
-        *self.disk.geometry()
+        self.disk.geometry()
     }
 
     async fn serve(&self, request: Request, buf: &Buf) -> Result<(), DiskError> {

@@ -15,5 +15,5 @@ mod sysfs;
 pub use attach::{AttachOptions, attach};
 pub use device::{Device, forget_partitions, partitions};
 pub use error::{AttachError, KernelError};
-pub use family::{Connect, available, backend_id, connect, disconnect};
+pub use family::{Connect, available, backend_id, connect, disconnect, grow};
 pub use sysfs::Partition;

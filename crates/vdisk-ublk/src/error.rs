@@ -70,6 +70,14 @@ pub enum Error {
         /// Number of the device.
         id: u32,
     },
+    /// The driver has devices of one size only.
+    #[error(
+        "the ublk driver of this kernel keeps the size that a device was made with (Linux 6.16 can change it): detach and attach it"
+    )]
+    CannotGrow,
+    /// The device is going away, or to another server.
+    #[error("the device is not served any more")]
+    Ended,
     /// The device is being served, or just being made, by a living process.
     #[error("/dev/ublkb{id} is being served by process {pid}")]
     Served {

@@ -34,6 +34,11 @@ impl Features {
         self.0 & u64::from(sys::UBLK_F_QUIESCE) != 0
     }
 
+    /// Whether the size of a device may change while it is served (Linux 6.16).
+    pub(crate) fn can_grow(self) -> bool {
+        self.0 & u64::from(sys::UBLK_F_UPDATE_SIZE) != 0
+    }
+
     /// What to ask for so that the pages of requests are used where they are; 0 if this driver has not all of it (Linux 6.16).
     pub(crate) fn zero_copy(self) -> u64 {
         if self.0 & ZERO_COPY == ZERO_COPY { ZERO_COPY } else { 0 }
@@ -95,6 +100,7 @@ mod tests {
         assert_eq!(RECOVERY, 1 << 3 | 1 << 4);
         assert_eq!([0x1fe, 0x1f_ffff, 0, 1 << 3].map(|f| Features(f).recovery()), [RECOVERY, RECOVERY, 0, 0]);
         assert_eq!([0x1fe, 0x1f_ffff].map(|f| Features(f).can_begin_again()), [false, true]);
+        assert_eq!([0x1fe, 0x1f_ffff, 1 << 10].map(|f| Features(f).can_grow()), [false, true, true]);
     }
 
     #[test]

@@ -206,7 +206,7 @@ impl Tags<'_> {
 
     async fn checked(&self, op: Op, offset: u64, len: u64, flags: Flags, buf: &RequestBuf) -> Result<(), DiskError> {
         let disk = &self.served.disk;
-        let request = Request::check(disk.geometry(), op, offset, len, flags)?;
+        let request = Request::check(&disk.geometry(), op, offset, len, flags)?;
         // `max_sectors` is the buffer's length: the block layer sends nothing longer.
         disk.serve(self.engine, request, buf).await
     }

@@ -14,7 +14,7 @@ use crate::control::{self, delete_device};
 use crate::device::End;
 use crate::doors::Doors;
 use crate::error::Error;
-use crate::features::RECOVERY;
+use crate::features::{RECOVERY, available};
 use crate::params::params;
 use crate::queue::Served;
 use crate::stop::{Stop, Word};
@@ -70,6 +70,7 @@ impl Plan {
     /// libublk's ring for control commands belongs to a thread: all of this device's are given here, but for the stop.
     pub(crate) fn run(self, events: Sender<Event>) {
         let result = self.device(&events);
+        self.stop.end();
         // Before the news: whoever waits for them may want to be the only owner of the disk.
         drop(self);
         let _ = events.send(Event::Ended(result));
@@ -128,7 +129,7 @@ impl Plan {
             }
             dev.tgt.nr_fds = i32::try_from(fds.len() + 1).unwrap_or(1);
             dev.tgt.dev_size = self.disk.geometry().size;
-            dev.tgt.params = params(self.disk.geometry(), info.max_io_buf_bytes);
+            dev.tgt.params = params(&self.disk.geometry(), info.max_io_buf_bytes);
             Ok(())
         };
         let dev = UblkDev::new("vdisk".to_owned(), init, control).map_err(Error::control("open of /dev/ublkc"))?;
@@ -172,12 +173,31 @@ impl Plan {
                 Word::LetGo => {
                     tracing::error!(device = id, "requests are still under way: the device is not let go of")
                 }
+                Word::Grow => {
+                    if let Some(growth) = self.stop.growth() {
+                        // Nobody hears of it if whoever asked has ended.
+                        let _ = growth.tell.send(grow(control, growth.size));
+                    }
+                }
                 Word::NobodyLeft => break,
             }
         }
         queues.join();
         End::Gone
     }
+}
+
+/// Tells the driver how many bytes the device has now. Queues are served meanwhile.
+fn grow(control: &UblkCtrl, size: u64) -> Result<(), Error> {
+    // The driver does not look at a device's flags for that.
+    if !available()?.can_grow() {
+        return Err(Error::CannotGrow);
+    }
+    match control.update_size(size) {
+        Ok(refusal) if refusal < 0 => Err(UblkError::UringIOError(refusal)),
+        answer => answer.map(drop),
+    }
+    .map_err(Error::control("UPDATE_SIZE"))
 }
 
 impl Origin {

@@ -1,6 +1,9 @@
 //! How a device is stopped by another thread of its server.
 
+use std::sync::mpsc::{self, Sender};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+
+use crate::error::Error;
 
 /// A handle by which another thread (one that waits for signals) stops the device that [`crate::serve`] serves.
 ///
@@ -19,6 +22,16 @@ struct State {
     requested: bool,
     let_go: bool,
     queues: usize,
+    growth: Option<Growth>,
+    /// The control thread waits no more.
+    ended: bool,
+}
+
+/// Somebody waits for the device to have so many bytes.
+#[derive(Debug)]
+pub(crate) struct Growth {
+    pub(crate) size: u64,
+    pub(crate) tell: Sender<Result<(), Error>>,
 }
 
 /// What the control thread is to do.
@@ -26,6 +39,8 @@ struct State {
 pub(crate) enum Word {
     Stop,
     LetGo,
+    /// The device is to be made larger: [`Stop::growth`].
+    Grow,
     /// No queue thread is left.
     NobodyLeft,
 }
@@ -55,6 +70,34 @@ impl Stop {
         self.0.changed.notify_all();
     }
 
+    /// Has the kernel told that the device has so many bytes now, all of which requests may ask for already. Waits for that.
+    ///
+    /// # Errors
+    ///
+    /// [`Error::CannotGrow`], the driver's, or [`Error::Ended`].
+    pub fn grow(&self, size: u64) -> Result<(), Error> {
+        let (tell, told) = mpsc::channel();
+        let mut state = self.lock();
+        // Dropped if there is nobody to take it: the wait below ends by that.
+        let growth = Growth { size, tell };
+        state.growth = (!state.ended).then_some(growth);
+        drop(state);
+        self.0.changed.notify_all();
+        told.recv().unwrap_or(Err(Error::Ended))
+    }
+
+    /// What [`Word::Grow`] is about.
+    pub(crate) fn growth(&self) -> Option<Growth> {
+        self.lock().growth.take()
+    }
+
+    /// The control thread waits no more.
+    pub(crate) fn end(&self) {
+        let mut state = self.lock();
+        state.ended = true;
+        state.growth = None;
+    }
+
     /// Whether it was triggered.
     pub fn is_triggered(&self) -> bool {
         self.lock().requested
@@ -66,19 +109,20 @@ impl Stop {
         RunningQueue(self.clone())
     }
 
-    /// Waits until it is triggered, or told to let go (once for each time), or no queue thread is left.
+    /// Waits until it is triggered, or told to let go or to grow (once for each time), or no queue thread is left.
     ///
     /// The control thread waits here and then stops the device itself: libublk's ring for control commands belongs to a
     /// thread (its own control panics elsewhere), and a control made for the purpose needs file descriptors, which may
     /// be used up. A queue thread must not give the command: it has to serve the last requests.
     pub(crate) fn wait(&self) -> Word {
-        let waiting = |s: &mut State| !s.requested && !s.let_go && s.queues > 0;
+        let waiting = |s: &mut State| !s.requested && !s.let_go && s.growth.is_none() && s.queues > 0;
         let mut state = self.0.changed.wait_while(self.lock(), waiting).unwrap_or_else(PoisonError::into_inner);
         if state.requested {
             return Word::Stop;
         }
         match std::mem::take(&mut state.let_go) {
             true => Word::LetGo,
+            false if state.growth.is_some() => Word::Grow,
             false => Word::NobodyLeft,
         }
     }
@@ -132,6 +176,25 @@ mod tests {
         stop.trigger();
         assert_eq!([stop.wait(), stop.wait()], [Word::Stop, Word::Stop]);
         drop(queue);
+    }
+
+    #[test]
+    fn who_wants_it_to_grow_gets_an_answer_whatever_becomes_of_the_device() {
+        let stop = Stop::new();
+        let _queue = stop.queue();
+        let other = stop.clone();
+        let growing = thread::spawn(move || other.grow(1024));
+        assert_eq!(stop.wait(), Word::Grow);
+        let growth = stop.growth().unwrap();
+        assert_eq!(growth.size, 1024);
+        growth.tell.send(Ok(())).unwrap();
+        growing.join().unwrap().unwrap();
+        let other = stop.clone();
+        let growing = thread::spawn(move || other.grow(2048));
+        assert_eq!(stop.wait(), Word::Grow);
+        stop.end();
+        assert!(matches!(growing.join().unwrap(), Err(Error::Ended)));
+        assert!(matches!(stop.grow(4096), Err(Error::Ended)));
     }
 
     #[test]

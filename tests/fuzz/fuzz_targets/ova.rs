@@ -67,7 +67,7 @@ fn serve(file: &File, archive: &[u8], member: Option<&str>) -> io::Result<()> {
     for offset in [0, size / 3, size - 512] {
         let len = (size - offset).min(8192);
         let request =
-            Request::check(disk.geometry(), Op::Read, offset, len, Flags::default()).expect("inside the disk");
+            Request::check(&disk.geometry(), Op::Read, offset, len, Flags::default()).expect("inside the disk");
         let _ = run(disk.serve(&files, request, &files.alloc(len as usize)));
         let _ = run(disk.map(&files, offset, len));
     }

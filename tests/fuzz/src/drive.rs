@@ -244,7 +244,7 @@ async fn serve(disk: &Disk, engine: &Engine, ask: Ask) -> Done {
                 Op::Read => RefCell::new(vec![0xee; len as usize]),
                 Op::Discard | Op::WriteZeroes | Op::Flush => engine.alloc(0),
             };
-            match Request::check(disk.geometry(), op, offset, len, ask.flags) {
+            match Request::check(&disk.geometry(), op, offset, len, ask.flags) {
                 Ok(request) => disk.serve(engine, request, &buf).await,
                 Err(e) => Err(e),
             }
@@ -293,7 +293,7 @@ fn check_some(disk: &Disk, engine: &Engine, model: &mut Model, sound: bool) {
     sectors.sort_unstable();
     for n in sectors.iter().step_by(sectors.len() / 16 + 1) {
         let request =
-            Request::check(disk.geometry(), Op::Read, n * 512, 512, Flags::default()).expect("inside the disk");
+            Request::check(&disk.geometry(), Op::Read, n * 512, 512, Flags::default()).expect("inside the disk");
         let buf = RefCell::new(vec![0xee; 512]);
         match run(disk.serve(engine, request, &buf)) {
             Ok(()) => model.read(n * 512, &buf.borrow()),

@@ -56,7 +56,7 @@ impl Disk {
         backup: &mut impl Backup,
         watch: &mut impl RepairWatch,
     ) -> Result<(), DiskError> {
-        if self.geometry.read_only {
+        if self.read_only {
             return Err(DiskError::new(ErrorKind::ReadOnly, "the image was opened to be read only"));
         }
         let mut writer = Writer::new(self, io, backup);

@@ -262,7 +262,7 @@ pub(crate) async fn request(
     len: u64,
     buf: &RefCell<Vec<u8>>,
 ) -> Result<(), DiskError> {
-    disk.serve(memory, Request::check(disk.geometry(), op, offset, len, Flags::default())?, buf).await
+    disk.serve(memory, Request::check(&disk.geometry(), op, offset, len, Flags::default())?, buf).await
 }
 
 pub(crate) async fn write(disk: &Disk, memory: &Memory, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {

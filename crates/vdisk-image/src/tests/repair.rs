@@ -360,7 +360,7 @@ fn readable(files: &Files) -> Vec<Option<Vec<u8>>> {
     let disk = run(Disk::open(&memory, FileId(0), &OpenOptions { read_only: true, ..EXAMINE })).unwrap();
     let read = |n: u64| {
         let buf = RefCell::new(vec![0xee; 4096]);
-        let request = Request::check(disk.geometry(), Op::Read, n * 4096, 4096, Flags::default()).unwrap();
+        let request = Request::check(&disk.geometry(), Op::Read, n * 4096, 4096, Flags::default()).unwrap();
         run(disk.serve(&memory, request, &buf)).ok().map(|()| buf.into_inner())
     };
     // What is absent may turn out to be in the copy: only what is there is to stay.

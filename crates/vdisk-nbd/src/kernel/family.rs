@@ -10,10 +10,12 @@ use nix::libc;
 use super::error::{AttachError, KernelError};
 use super::netlink::{CTRL_ATTR_FAMILY_ID, CTRL_ATTR_FAMILY_NAME, CTRL_CMD_GETFAMILY, GENL_ID_CTRL, Message};
 use super::socket::Netlink;
+use super::sysfs::Sysfs;
 use crate::codec::TransmissionFlags;
 
 const NBD_CMD_CONNECT: u8 = 1;
 const NBD_CMD_DISCONNECT: u8 = 2;
+const NBD_CMD_RECONFIGURE: u8 = 3;
 const NBD_ATTR_INDEX: u16 = 1;
 const NBD_ATTR_SIZE_BYTES: u16 = 2;
 const NBD_ATTR_BLOCK_SIZE_BYTES: u16 = 3;
@@ -137,6 +139,28 @@ pub fn disconnect(index: u32) -> Result<(), AttachError> {
     let family = family(&mut netlink).map_err(failed)?;
     netlink.request(family, NBD_CMD_DISCONNECT, |message| message.u32(NBD_ATTR_INDEX, index)).map_err(failed)?;
     Ok(())
+}
+
+/// Tells the kernel how many bytes a connected device has now (`nbd_genl_reconfigure`), all of which requests may ask for
+/// already. `server` is what [`Connect::backend_id`] was: another's device is left alone (since Linux 5.14).
+///
+/// # Errors
+///
+/// The kernel's refusal.
+pub fn grow(index: u32, size: u64, server: &str) -> Result<(), AttachError> {
+    let what = || format!("make /dev/nbd{index} larger");
+    let failed = |e: KernelError| AttachError::new(what(), e);
+    let mut netlink = Netlink::open().map_err(failed)?;
+    let family = family(&mut netlink).map_err(failed)?;
+    let attributes = |message: Message| {
+        let message = message.u32(NBD_ATTR_INDEX, index).u64(NBD_ATTR_SIZE_BYTES, size);
+        message.string(NBD_ATTR_BACKEND_IDENTIFIER, &backend_id(server))
+    };
+    netlink.request(family, NBD_CMD_RECONFIGURE, attributes).map_err(failed)?;
+    match Sysfs::of(index).size() {
+        Some(now) if now != size => Err(AttachError::new(what(), format!("the kernel leaves it at {now} bytes"))),
+        _ => Ok(()),
+    }
 }
 
 /// The number of the family; it changes from boot to boot.

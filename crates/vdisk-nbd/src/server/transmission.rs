@@ -7,7 +7,7 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::{sleep, timeout};
 use tracing::{debug, warn};
-use vdisk_image::{DiskError, ErrorKind, Flags, Geometry, Op, Request};
+use vdisk_image::{DiskError, ErrorKind, Flags, Op, Request};
 use vdisk_io::{Buf, Limited, chain};
 
 use super::connection::End;
@@ -34,7 +34,6 @@ static FAILURES: Limited = Limited::new();
 struct Shared<B> {
     terms: Terms,
     backend: Rc<B>,
-    geometry: Geometry,
     structured: bool,
     flight: Rc<Flight>,
     queue: Rc<Queue>,
@@ -53,9 +52,8 @@ where
     W: AsyncWrite + Unpin + 'static,
     B: Backend,
 {
-    let geometry = backend.geometry();
     let flight = Rc::new(Flight::new(terms.budget.clone()));
-    let shared = Rc::new(Shared { terms, backend, geometry, structured, flight, queue: Rc::default() });
+    let shared = Rc::new(Shared { terms, backend, structured, flight, queue: Rc::default() });
     let (queue, pool, stall) = (Rc::clone(&shared.queue), Rc::clone(&shared.terms.pool), shared.terms.stall);
     let mut writer = tokio::task::spawn_local(write_replies(write, queue, pool, stall));
     let mut reading = pin!(read_requests(reader, &shared, stop));
@@ -188,7 +186,7 @@ impl<B: Backend> Shared<B> {
             fua: changes && header.flags & command_flag::FUA != 0,
             no_unmap: op == Op::WriteZeroes && header.flags & command_flag::NO_HOLE != 0,
         };
-        Request::check(&self.geometry, op, header.offset, header.len.into(), flags)
+        Request::check(&self.backend.geometry(), op, header.offset, header.len.into(), flags)
             .map_err(|e| (nbd_error(e.kind(), op), e.to_string()))
     }
 
