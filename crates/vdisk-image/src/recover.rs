@@ -50,10 +50,10 @@ impl Disk {
     }
 
     /// Whether what a ledger had is not to be had any more: a sync has failed, or somebody who did not know of it has closed or changed
-    /// the image.
+    /// the image. One that keeps none has lost none: it is of another file that was deleted and had the same inode.
     pub fn is_lost(&self, memory: Arc<dyn LedgerMemory>) -> bool {
         let ledger = Ledger::new(memory);
-        ledger.is_void() || self.left(&ledger).is_empty() && !ledger.is_empty()
+        self.needs_ledger() && (ledger.is_void() || self.left(&ledger).is_empty() && !ledger.is_empty())
     }
 
     /// Whether a write that was answered is lost with this process, unless a ledger is kept or it was flushed.

@@ -269,6 +269,22 @@ fn a_ledger_is_not_believed_after_a_sync_that_failed() {
     assert!(!open_with_ledger(&memory, &ledger).unwrap().is_lost(ledger));
 }
 
+/// A ledger is found by its file's inode, which a deleted file leaves to the next one.
+#[test]
+fn an_image_that_keeps_no_ledger_has_lost_nothing_by_one_that_is_there() {
+    let raw = open_with(&Memory::new(image(Shape::Raw), 1), &OPTIONS).unwrap();
+    let (_, with_entries) = killed(Shape::Sparse);
+    assert!(!raw.is_lost(with_entries));
+    let (memory, void) = (Memory::new(image(Shape::Sparse), 1), survivor());
+    let disk = open_with_ledger(&memory, &void).unwrap();
+    run(async {
+        write(&disk, &memory, 0, &[1; 4096]).await.unwrap();
+        memory.fail_call.set(Some((memory.calls(), 5)));
+        flush(&disk, &memory).await.unwrap_err();
+    });
+    assert!(!raw.is_lost(void));
+}
+
 #[test]
 fn a_ledger_does_not_count_for_an_image_that_somebody_else_has_changed() {
     let (memory, ledger) = killed(Shape::Sparse);
