@@ -27,9 +27,7 @@ fn fstrim_after_deleting_gives_the_space_back() {
         lab.sh(&format!("rm mnt/file; umount mnt; mount {disk} mnt; fstrim -v mnt; umount mnt"));
         let trimmed = lab.space("disk.vmdk");
         println!("{mkfs}: {empty} bytes, with {mib} MiB written {full}, trimmed {trimmed}");
-        // A quarter, or nearly what it was before: over nbd up to 6.11, mkfs.xfs writes its log of 64 MiB as data.
-        let few = (full / 4).max(empty + (full - empty) / 20);
-        assert!(trimmed < few, "{mkfs}: {full} bytes became {trimmed} only");
+        assert!(trimmed < full / 4, "{mkfs}: {full} bytes became {trimmed} only");
         device.detach();
         let checked = lab.sh("qemu-img check disk.vmdk");
         assert!(checked.contains("No errors"), "{mkfs}: {checked}");

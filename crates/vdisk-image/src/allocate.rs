@@ -18,7 +18,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use vmdk_parse::SECTOR_SIZE;
 
-/// How far a file is extended at once, and its space taken: by 1/64 of what it has, within these limits. Few calls for many
+/// How far a file is extended at once, and its space taken: by 1/256 of what it has, within these limits. Few calls for many
 /// grains, and no image takes much more of the host than it needs. What is left over is cut off at detach. Tests extend often.
 const LEAST_GROWTH: u64 = if cfg!(test) { 64 << 10 } else { 1 << 20 };
 pub(crate) const GROWTH: u64 = if cfg!(test) { 64 << 10 } else { 16 << 20 };
@@ -261,7 +261,7 @@ impl Sparse {
             }
             s.growing = Some(WaitList::default());
             let needed = needed.max(len).next_multiple_of(align);
-            let step = (needed / 64).clamp(LEAST_GROWTH, GROWTH).next_multiple_of(self.grain);
+            let step = (needed / 256).clamp(LEAST_GROWTH, GROWTH).next_multiple_of(self.grain);
             Ok(Ok(Growth { from: len, needed, wanted: needed + step }))
         })
         .await

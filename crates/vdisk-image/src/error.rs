@@ -61,15 +61,10 @@ pub struct DiskError {
     source: Option<Box<dyn std::error::Error + Send + Sync>>,
 }
 
-impl DiskError {
-    /// An error of `kind`; `context` says what failed, on which file, at which offset.
-    pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
-        Self { kind, context: context.into(), source: None }
-    }
-
-    /// Wraps an error of the host. Its kind follows from the host's: full is [`ErrorKind::NoSpace`], and so on.
-    pub fn host(context: impl Into<String>, source: io::Error) -> Self {
-        let kind = match source.kind() {
+impl ErrorKind {
+    /// What an error of the host is to a disk.
+    pub(crate) fn of(source: &io::Error) -> Self {
+        match source.kind() {
             io::ErrorKind::NotFound => ErrorKind::NotFound,
             io::ErrorKind::PermissionDenied => ErrorKind::PermissionDenied,
             io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded | io::ErrorKind::FileTooLarge => {
@@ -78,8 +73,19 @@ impl DiskError {
             io::ErrorKind::ResourceBusy | io::ErrorKind::WouldBlock => ErrorKind::Busy,
             io::ErrorKind::ReadOnlyFilesystem => ErrorKind::ReadOnly,
             _ => ErrorKind::HostIo,
-        };
-        Self { kind, context: context.into(), source: Some(Box::new(source)) }
+        }
+    }
+}
+
+impl DiskError {
+    /// An error of `kind`; `context` says what failed, on which file, at which offset.
+    pub fn new(kind: ErrorKind, context: impl Into<String>) -> Self {
+        Self { kind, context: context.into(), source: None }
+    }
+
+    /// Wraps an error of the host. Its kind follows from the host's: full is [`ErrorKind::NoSpace`], and so on.
+    pub fn host(context: impl Into<String>, source: io::Error) -> Self {
+        Self { kind: ErrorKind::of(&source), context: context.into(), source: Some(Box::new(source)) }
     }
 
     /// Adds the error that caused this one.

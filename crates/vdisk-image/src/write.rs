@@ -216,9 +216,9 @@ impl Disk {
         // A limit that forbids the generous step may still allow the small one.
         for len in [wanted, needed] {
             match io.set_len(extent.file, len).await {
-                // Space that is taken already makes the write of a new grain two or three times as fast, around the page cache. A host that
+                // Space that is taken already makes the write of a new grain about twice as fast, around the page cache. A host that
                 // is full gets back what it could give of it: its last blocks are for writes.
-                Ok(()) if len > needed && is_full(&io.reserve(extent.file, from, len - from).await) => {}
+                Ok(()) if len > needed && is_full(io.reserve(extent.file, from, len - from).await) => {}
                 Ok(()) => {
                     growing.len = Some(len);
                     return Ok(());
@@ -233,8 +233,8 @@ impl Disk {
     }
 }
 
-fn is_full(answer: &io::Result<()>) -> bool {
-    answer.as_ref().is_err_and(|e| matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded))
+fn is_full(answer: io::Result<()>) -> bool {
+    answer.is_err_and(|e| ErrorKind::of(&e) == ErrorKind::NoSpace)
 }
 
 /// Tells the extent how its growth ended, whatever the end is.
