@@ -20,7 +20,7 @@ use crate::session::Session;
 use crate::signals::{self, Stop};
 use crate::state::{State, StateDir};
 use crate::transport::{Callbacks, End, Transport};
-use crate::{grow, hygiene, logging, read_ahead};
+use crate::{block_queue, grow, hygiene, logging};
 
 /// How long the end of a server may take that was killed just now.
 const LAST_BREATH: Duration = Duration::from_secs(3);
@@ -214,7 +214,7 @@ fn enter_later(session: &Arc<Mutex<Session>>) {
 fn callbacks(image: &Opened, session: &Arc<Mutex<Session>>, mut state: State, stop: &Stop) -> Callbacks {
     let (disk, impossible) = (Arc::clone(&image.disk), state.resume.impossible.clone());
     let has_compressed = disk.has_compressed();
-    let state_is_taken = state.resume.taking_over;
+    let (is_ublk, state_is_taken) = (state.transport == Transport::Ublk, state.resume.taking_over);
     let (adding, adding_stop) = (Arc::clone(session), stop.clone());
     let (making, making_stop) = (Arc::clone(session), stop.clone());
     let give_up = move |session: &mut Session, failure: Failure, stop: &Stop| {
@@ -240,13 +240,17 @@ fn callbacks(image: &Opened, session: &Arc<Mutex<Session>>, mut state: State, st
             }
         }),
         ready: Box::new(move |device: &Path, notices| {
+            if has_compressed {
+                block_queue::widen_read_ahead(device);
+            }
+            // Later it is for whoever runs the device to say; and a device of nbd outlives us.
+            if is_ublk && !state_is_taken {
+                block_queue::drop_scheduler(device);
+            }
             let mut session = lock(&making);
             // Given up already, or stopped.
             if making_stop.is_given() {
                 return;
-            }
-            if has_compressed {
-                read_ahead::widen(device);
             }
             match session.ready(device, notices, &making_stop) {
                 Ok(true) => {}

@@ -15,6 +15,7 @@ mod lab;
 mod log_writes;
 mod many;
 mod power_cut;
+mod queue;
 mod recover;
 mod server_death;
 mod syncs;

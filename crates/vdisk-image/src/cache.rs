@@ -1,9 +1,10 @@
 //! The grain cache: grains that are read in small pieces again and again.
 //!
-//! Write-through, so that it never holds what the file does not. A grain comes in when as much of it was read in pieces as it
-//! is long: whatever is read, the cache at most doubles it, and reads that are spread wide leave it alone, at the price of a look
-//! at one word that no lock guards. A compressed grain comes in at its first read. A change takes the grain out after its I/O
-//! and before its reply; a fill that was under way meanwhile notices and is thrown away.
+//! Write-through, so that it never holds what the file does not. A grain comes in when several times as much of it was read in
+//! pieces as it is long, and not in place of one that was read since the last that asked for its place: whatever is read, the cache
+//! adds a quarter to it at most, reads of more than fits hardly change what is here, and reads that are spread wide leave it alone,
+//! at the price of a look at one word that no lock guards. A compressed grain comes in at its first read. A change takes the grain out after its
+//! I/O and before its reply; a fill that was under way meanwhile notices and is thrown away.
 
 use crate::file_io::FileId;
 use crate::wait::locked;
@@ -15,6 +16,10 @@ const SHARDS: usize = 16;
 
 /// Larger grains are not cached: a small read would become a thousand times as large.
 pub(crate) const MAX_GRAIN: u64 = 1 << 20;
+
+/// How many times as much of a grain is read in pieces as it has, before it comes in. Whoever reads the same again and again has
+/// mostly a cache of his own, so it is not lightly that a grain is read for this one. Tests read less.
+const WORTH: usize = if cfg!(test) { 1 } else { 4 };
 
 /// Tallies for each grain that there is room for, and at most altogether. Of grains that share one only the last is counted: a
 /// few more than fit hardly meet, and the many of a wide load always do.
@@ -51,7 +56,7 @@ struct Tally(u64);
 impl Tally {
     const CAME_IN: u64 = 1 << 31;
 
-    /// No grain that is counted has as many bytes as would reach the flag: [`MAX_GRAIN`].
+    /// Of no grain that is counted as many bytes are as would reach the flag: [`WORTH`] times [`MAX_GRAIN`].
     fn new(hash: u64, bytes: usize) -> Self {
         Self(hash >> 32 << 32 | bytes as u64 & (Self::CAME_IN - 1))
     }
@@ -73,7 +78,17 @@ impl Tally {
 enum Slot {
     /// On its way: the fill's number, and the bytes that it will take.
     Filling(u64, usize),
-    Filled(Arc<[u8]>),
+    /// Here; and whether it was read since it came in, or since another was turned away for it.
+    Filled(Arc<[u8]>, bool),
+}
+
+impl Slot {
+    fn bytes(&self) -> usize {
+        match self {
+            Self::Filling(_, len) => *len,
+            Self::Filled(bytes, _) => bytes.len(),
+        }
+    }
 }
 
 /// What the cache knows of a grain.
@@ -83,8 +98,20 @@ pub(crate) enum Cached {
     Hit(Arc<[u8]>),
     /// Nothing, but it is worth having: read it whole and hand it to [`GrainCache::fill`].
     Fill(Fill),
+    /// Nothing yet: another task reads it.
+    Coming,
     /// Nothing.
     Miss,
+}
+
+/// What is to become of a grain that is not here.
+#[derive(Clone, Copy)]
+enum Wish {
+    None,
+    /// It comes in, unless that took the place of one that is read.
+    Place,
+    /// It comes in, whoever has to leave.
+    PlaceOfAny,
 }
 
 /// A promise to fill the cache.
@@ -131,29 +158,32 @@ impl GrainCache {
             return Cached::Miss;
         }
         let bytes = so_far.bytes().saturating_add(wanted);
-        if !so_far.came_in() && bytes < len {
+        if !so_far.came_in() && bytes < len.saturating_mul(WORTH) {
             put(Tally::new(mixed, bytes));
             return Cached::Miss;
         }
-        let answer = self.look(key, len, !so_far.came_in());
+        let answer = self.look(key, len, if so_far.came_in() { Wish::None } else { Wish::Place });
         match answer {
             Cached::Fill(_) => put(Tally(Tally::new(mixed, 0).0 | Tally::CAME_IN)),
             // It left again.
             Cached::Miss => put(Tally::new(mixed, wanted)),
-            Cached::Hit(_) => {}
+            Cached::Hit(_) | Cached::Coming => {}
         }
         answer
     }
 
     /// The same for a grain that is dear to read, such as a compressed one: it comes in at its first read.
     pub(crate) fn look_up_eagerly(&self, key: GrainKey, len: usize) -> Cached {
-        self.look(key, len, true)
+        self.look(key, len, Wish::PlaceOfAny)
     }
 
     /// A grain's bytes, if they are here.
     pub(crate) fn hit(&self, key: GrainKey) -> Option<Arc<[u8]>> {
-        match locked(self.shard(key)?).grains.get(&key) {
-            Some(Slot::Filled(bytes)) => Some(Arc::clone(bytes)),
+        match locked(self.shard(key)?).grains.get_mut(&key) {
+            Some(Slot::Filled(bytes, read)) => {
+                *read = true;
+                Some(Arc::clone(bytes))
+            }
             Some(Slot::Filling(..)) | None => None,
         }
     }
@@ -163,30 +193,43 @@ impl GrainCache {
         !self.shards.is_empty()
     }
 
-    /// `fill`: it is to come in if it is not here.
-    fn look(&self, key: GrainKey, len: usize, fill: bool) -> Cached {
+    fn look(&self, key: GrainKey, len: usize, wish: Wish) -> Cached {
         let Some(shard) = self.shard(key) else { return Cached::Miss };
         let mut shard = locked(shard);
-        match shard.grains.get(&key) {
-            Some(Slot::Filled(bytes)) => return Cached::Hit(Arc::clone(bytes)),
-            Some(Slot::Filling(..)) => return Cached::Miss,
+        match shard.grains.get_mut(&key) {
+            Some(Slot::Filled(bytes, read)) => {
+                *read = true;
+                return Cached::Hit(Arc::clone(bytes));
+            }
+            Some(Slot::Filling(..)) => return Cached::Coming,
             None => {}
         }
-        if !fill {
+        if matches!(wish, Wish::None) || len > self.shard_bytes {
             return Cached::Miss;
+        }
+        let mut room = self.shard_bytes.saturating_sub(shard.bytes);
+        let leaving = shard.grains.iter().rev().take_while(|(_, slot)| {
+            let leaves = room < len;
+            room += slot.bytes();
+            leaves
+        });
+        let mut leaving = leaving.filter(|(_, slot)| matches!((wish, slot), (Wish::Place, Slot::Filled(_, true))));
+        if let Some((&other, _)) = leaving.next() {
+            // As good as the one that asks, for all that is known, and it is here. Next time it has to be better.
+            if let Some(Slot::Filled(_, read)) = shard.grains.get_mut(&other) {
+                *read = false;
+            }
+            return Cached::Miss;
+        }
+        while shard.bytes + len > self.shard_bytes {
+            let Some((&oldest, _)) = shard.grains.peek_lru() else { break };
+            self.remove(&mut shard, oldest);
         }
         let id = self.next_fill.fetch_add(1, Ordering::Relaxed);
         // Before the grain is read: a change that finds the count at 0 was complete before that read.
         self.used.fetch_add(1, Ordering::SeqCst);
         shard.grains.put(key, Slot::Filling(id, len));
         shard.bytes += len;
-        while shard.bytes > self.shard_bytes {
-            let Some((&oldest, _)) = shard.grains.peek_lru() else { break };
-            self.remove(&mut shard, oldest);
-        }
-        if !shard.grains.contains(&key) {
-            return Cached::Miss;
-        }
         Cached::Fill(Fill { key, id })
     }
 
@@ -200,7 +243,7 @@ impl GrainCache {
             return;
         }
         match bytes {
-            Some(bytes) if bytes.len() == len => *slot = Slot::Filled(bytes),
+            Some(bytes) if bytes.len() == len => *slot = Slot::Filled(bytes, false),
             _ => self.remove(&mut shard, fill.key),
         }
     }
@@ -218,10 +261,7 @@ impl GrainCache {
     fn remove(&self, shard: &mut Shard, key: GrainKey) {
         if let Some(slot) = shard.grains.pop(&key) {
             self.used.fetch_sub(1, Ordering::SeqCst);
-            shard.bytes -= match slot {
-                Slot::Filled(bytes) => bytes.len(),
-                Slot::Filling(_, len) => len,
-            };
+            shard.bytes -= slot.bytes();
         }
     }
 }
@@ -296,11 +336,97 @@ mod tests {
             match cache.look_up(key, 65536, 4096) {
                 Cached::Fill(fill) => cache.fill(&fill, Some(Arc::from(vec![0; 65536]))),
                 Cached::Hit(_) => hits += 1,
-                Cached::Miss => {}
+                Cached::Miss | Cached::Coming => {}
             }
         }
         // After 16 reads of each; some share a tally.
         assert!(hits > 6000, "{hits}");
+    }
+
+    #[test]
+    fn grains_that_are_read_do_not_leave_for_others_that_are_read_as_much() {
+        let cache = GrainCache::new(4 << 20, 65536);
+        let (mut hits, mut fills) = (0, 0);
+        for n in 0..100_000u64 {
+            // Twice as many as fit, each as often as the others.
+            match cache.look_up((FileId(0), n * 7919 % 128 * 65536), 65536, 4096) {
+                Cached::Fill(fill) => {
+                    fills += 1;
+                    cache.fill(&fill, Some(Arc::from(vec![0; 65536])));
+                }
+                Cached::Hit(_) => hits += 1,
+                Cached::Miss | Cached::Coming => {}
+            }
+        }
+        assert!(hits > 20_000 && fills < 200, "{hits} hits, {fills} fills");
+    }
+
+    #[test]
+    fn grains_that_are_read_no_more_leave_for_others_that_are() {
+        let cache = GrainCache::new(16 << 20, 65536);
+        let mut hits = [0; 2];
+        for (part, hits) in hits.iter_mut().enumerate() {
+            for n in 0..10_000u64 {
+                let key = (FileId(0), (part as u64 * 128 + n * 7919 % 128) * 65536);
+                match cache.look_up(key, 65536, 4096) {
+                    Cached::Fill(fill) => cache.fill(&fill, Some(Arc::from(vec![0; 65536]))),
+                    Cached::Hit(_) => *hits += 1,
+                    Cached::Miss | Cached::Coming => {}
+                }
+            }
+        }
+        assert!(hits.iter().all(|hits| *hits > 6_000), "{hits:?}");
+    }
+
+    #[test]
+    fn a_compressed_grain_that_is_read_does_not_leave_for_another_kind() {
+        let cache = GrainCache::new(64 << 10, 65536);
+        let compressed = (FileId(1), 0);
+        let Cached::Fill(fill) = cache.look_up_eagerly(compressed, 65536) else { panic!("it is not here") };
+        cache.fill(&fill, Some(Arc::from(vec![0; 65536])));
+        assert!(cache.hit(compressed).is_some());
+        let mut turned_away = 0;
+        while !matches!(cache.look_up((FileId(0), 0), 65536, 32768), Cached::Fill(_)) {
+            turned_away += 1;
+        }
+        // Once until enough of it was read, and once for the other.
+        assert_eq!(turned_away, 2);
+        assert!(cache.hit(compressed).is_none());
+    }
+
+    #[test]
+    fn reads_of_a_grain_that_is_on_its_way_do_not_put_it_off() {
+        let cache = GrainCache::new(1 << 20, 4096);
+        let fill = ask_twice(&cache, KEY);
+        for _ in 0..5 {
+            assert!(matches!(look_up(&cache, KEY), Cached::Coming));
+        }
+        cache.fill(&fill, grain(7));
+        assert!(matches!(look_up(&cache, KEY), Cached::Hit(_)));
+    }
+
+    #[test]
+    fn nothing_leaves_for_a_grain_that_does_not_come_in() {
+        let cache = GrainCache::new(12 << 10, 12 << 10);
+        for n in 0..3 {
+            let key = (FileId(0), n * 4096);
+            cache.fill(&ask_twice(&cache, key), grain(1));
+        }
+        // The first two were not read since, the third was.
+        assert!(matches!(look_up(&cache, (FileId(0), 2 * 4096)), Cached::Hit(_)));
+        assert!(matches!(cache.look_up((FileId(1), 0), 12 << 10, 12 << 10), Cached::Miss));
+        assert!(matches!(cache.look_up((FileId(1), 0), 12 << 10, 12 << 10), Cached::Miss));
+        assert!((0..3).all(|n| cache.hit((FileId(0), n * 4096)).is_some()));
+    }
+
+    #[test]
+    fn a_compressed_grain_comes_in_whoever_has_to_leave() {
+        let cache = GrainCache::new(64 << 10, 65536);
+        for n in 0..10 {
+            let Cached::Fill(fill) = cache.look_up_eagerly((FileId(0), n), 65536) else { panic!("grain {n}") };
+            cache.fill(&fill, Some(Arc::from(vec![0; 65536])));
+            assert!(matches!(cache.look_up_eagerly((FileId(0), n), 65536), Cached::Hit(_)));
+        }
     }
 
     #[test]

@@ -54,6 +54,13 @@ pub trait FileIo {
     /// length stay. [`io::ErrorKind::Unsupported`] where the host's file system cannot.
     async fn reserve(&self, file: FileId, offset: u64, len: u64) -> io::Result<()>;
 
+    /// As [`FileIo::reserve`], for a range at the end of the file that was never written: where the disk below can unmap and promise zeroes
+    /// by one command, the file system may take it as written, so that what comes there later costs it less. Bytes that are there would be
+    /// lost, and bytes that come there while it runs: the future is not to be dropped before its end.
+    async fn reserve_fresh(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
+        self.reserve(file, offset, len).await
+    }
+
     /// How the host stores what begins at `offset`. A hint: a host that does not tell has data everywhere.
     async fn stored_at(&self, file: FileId, offset: u64) -> io::Result<Stored>;
 

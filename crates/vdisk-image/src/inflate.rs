@@ -109,7 +109,7 @@ impl Disk {
         let fill = match self.cache.look_up_eagerly(key, size(grain)) {
             Cached::Hit(bytes) => return copy(&bytes),
             Cached::Fill(fill) => Some(fill),
-            Cached::Miss => None,
+            Cached::Miss | Cached::Coming => None,
         };
         let inflated = self.inflate_whole(io, pack.file, &pack.record).await;
         let copied = inflated.as_deref().map_or(Ok(()), copy);

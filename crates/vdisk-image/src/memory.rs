@@ -302,6 +302,19 @@ impl FileIo for Memory {
         Ok(())
     }
 
+    /// What it would zero has to be zeroes, before and after.
+    async fn reserve_fresh(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
+        let check = |when: &str| {
+            let files = self.files.borrow();
+            let mut fresh = files[file.0 as usize].now.iter().skip(offset as usize).take(len as usize);
+            assert!(fresh.all(|byte| *byte == 0), "{when}: bytes at {offset} are in use");
+        };
+        check("before");
+        let answer = self.reserve(file, offset, len).await;
+        check("after");
+        answer
+    }
+
     async fn zero_range(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
         self.punch_hole(file, offset, len).await
     }

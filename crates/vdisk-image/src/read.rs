@@ -145,7 +145,7 @@ impl Disk {
                     }
                     // One bad sector somewhere in the grain must not fail a read beside it.
                 }
-                Cached::Miss => {}
+                Cached::Miss | Cached::Coming => {}
             }
         }
         io.read_at(run.file, buf, run.part(), run.at)

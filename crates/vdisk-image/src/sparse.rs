@@ -41,6 +41,8 @@ pub(crate) struct Sparse {
     pub(crate) grain: u64,
     /// Entries in a grain table.
     pub(crate) gtes: u64,
+    /// Logarithms of both, if they are powers of two, as they nearly always are: every request divides by them.
+    shifts: Option<(u32, u32)>,
     /// Byte offsets of the directory and its redundant copy.
     pub(crate) gd_at: u64,
     pub(crate) rgd_at: Option<u64>,
@@ -178,6 +180,7 @@ impl Sparse {
             coding: parts.coding,
             grain: parts.grain,
             gtes: parts.gtes,
+            shifts: shift(parts.grain).zip(shift(parts.gtes)),
             gd_at: parts.gd_at,
             rgd_at: parts.rgd_at,
             copy_gd: parts.copy_gd,
@@ -230,10 +233,19 @@ impl Sparse {
 
     /// Splits an offset in the extent: (table, entry, offset in the grain).
     pub(crate) fn split(&self, offset: u64) -> (u64, usize, u64) {
-        let grain = offset / self.grain;
+        let (table, entry, skip) = match self.shifts {
+            Some((grain, gtes)) => {
+                let number = offset >> grain;
+                (number >> gtes, number & (self.gtes - 1), offset & (self.grain - 1))
+            }
+            None => {
+                let number = offset / self.grain;
+                (number / self.gtes, number % self.gtes, offset % self.grain)
+            }
+        };
         #[expect(clippy::cast_possible_truncation, reason = "below gtes, which is at most 4096")]
-        let entry = (grain % self.gtes) as usize;
-        (grain / self.gtes, entry, offset % self.grain)
+        let entry = entry as usize;
+        (table, entry, skip)
     }
 
     /// Where the range is. Pure. The answer never crosses the end of a grain, unless it is that the parent has it.
@@ -462,6 +474,10 @@ impl Sparse {
             _ => TableCopy::Broken,
         }
     }
+}
+
+fn shift(value: u64) -> Option<u32> {
+    value.is_power_of_two().then(|| value.trailing_zeros())
 }
 
 fn page_of(table: u64) -> usize {

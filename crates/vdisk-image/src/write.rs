@@ -217,8 +217,9 @@ impl Disk {
         for len in [wanted, needed] {
             match io.set_len(extent.file, len).await {
                 // Space that is taken already makes the write of a new grain about twice as fast, around the page cache. A host that
-                // is full gets back what it could give of it: its last blocks are for writes.
-                Ok(()) if len > needed && is_full(io.reserve(extent.file, from, len - from).await) => {}
+                // is full gets back what it could give of it: its last blocks are for writes. Nobody writes there before the growth
+                // has ended.
+                Ok(()) if len > needed && is_full(io.reserve_fresh(extent.file, from, len - from).await) => {}
                 Ok(()) => {
                     growing.len = Some(len);
                     return Ok(());

@@ -52,6 +52,10 @@ impl FileIo for BlockingIo {
         self.0.find(file)?.reserve(offset, len)
     }
 
+    async fn reserve_fresh(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
+        self.0.find(file)?.reserve_fresh(offset, len)
+    }
+
     async fn stored_at(&self, file: FileId, offset: u64) -> io::Result<Stored> {
         Ok(self.0.find(file)?.stored_at(offset))
     }

@@ -136,6 +136,10 @@ impl AnyIo {
         any!(self, io => io.reserve(id, offset, len).await)
     }
 
+    async fn reserve_fresh(&self, id: FileId, offset: u64, len: u64) -> io::Result<()> {
+        any!(self, io => io.reserve_fresh(id, offset, len).await)
+    }
+
     async fn set_len(&self, id: FileId, len: u64) -> io::Result<()> {
         any!(self, io => io.set_len(id, len).await)
     }
@@ -255,6 +259,26 @@ fn a_reserved_range_takes_space_and_keeps_its_bytes_and_the_length() {
         match io.reserve(id, 1000, 300_000).await {
             Ok(()) => assert!(used() >= before + 250_000, "{before} {}", used()),
             Err(e) => assert_eq!(e.kind(), io::ErrorKind::Unsupported),
+        }
+        let mut model = pattern(SIZE);
+        model.resize(1 << 20, 0);
+        assert!(fs::read(path).unwrap() == model);
+    });
+}
+
+/// Most disks cannot write zeroes by themselves: then it is as the above. tests/device has one that can.
+#[test]
+fn a_fresh_range_takes_space_and_the_length_stays() {
+    on_every_engine(&pattern(SIZE), async |path, id, io| {
+        io.set_len(id, 1 << 20).await.unwrap();
+        io.sync(id).await.unwrap();
+        let used = || fs::metadata(path).unwrap().blocks() * 512;
+        let before = used();
+        for (from, to) in [(65536, 400_000), (400_000, 1 << 20), (1 << 20, 1 << 20)] {
+            match io.reserve_fresh(id, from, to - from).await {
+                Ok(()) => assert!(used() >= before + to - 65536 - 8192, "{before} {}", used()),
+                Err(e) => assert_eq!(e.kind(), io::ErrorKind::Unsupported),
+            }
         }
         let mut model = pattern(SIZE);
         model.resize(1 << 20, 0);

@@ -229,6 +229,10 @@ impl FileIo for HostFiles {
         self.with(file, |f| f.reserve(offset, len))
     }
 
+    async fn reserve_fresh(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
+        self.with(file, |f| f.reserve_fresh(offset, len))
+    }
+
     async fn stored_at(&self, file: FileId, offset: u64) -> io::Result<Stored> {
         self.with(file, |f| Ok(f.stored_at(offset)))
     }

@@ -40,7 +40,12 @@ pub struct HostFile {
     made_len: AtomicU64,
     /// Somebody else has cut it: what is missing would be zeroes once a write has made it longer.
     was_cut: AtomicBool,
+    /// The kernel, the file system or the disk below has no command for it.
+    cannot_write_zeroes: AtomicBool,
 }
+
+/// `FALLOC_FL_WRITE_ZEROES` of include/uapi/linux/falloc.h, since Linux 6.17.
+const WRITE_ZEROES: i32 = 0x80;
 
 /// What makes two open files the same: device and inode, or the number of the block device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -70,13 +75,14 @@ impl HostFile {
             had_name: regular && data.nlink() > 0,
             made_len: AtomicU64::new(if regular { data.len() } else { 0 }),
             was_cut: AtomicBool::new(false),
+            cannot_write_zeroes: AtomicBool::new(false),
         })
     }
 
     /// A stretch of this file as a file of its own, read-only. `path` is what to call it.
     pub(crate) fn member(&self, window: Window, path: PathBuf) -> Self {
         let (buffered, identity) = (Arc::clone(&self.buffered), self.identity);
-        let (made_len, was_cut) = Default::default();
+        let (made_len, was_cut, cannot_write_zeroes) = Default::default();
         Self {
             buffered,
             direct: None,
@@ -87,6 +93,7 @@ impl HostFile {
             had_name: false,
             made_len,
             was_cut,
+            cannot_write_zeroes,
         }
     }
 
@@ -271,6 +278,39 @@ impl HostFile {
         self.fallocate(FallocateFlags::empty(), offset, len)
     }
 
+    /// As [`vdisk_image::FileIo::reserve_fresh`].
+    ///
+    /// # Errors
+    ///
+    /// The host's.
+    pub fn reserve_fresh(&self, offset: u64, len: u64) -> io::Result<()> {
+        if let Some(how) = self.write_zeroes_mode(len) {
+            match self.fallocate_as(FallocateFlags::from_bits_retain(how), offset, len)? {
+                Ok(()) => return Ok(()),
+                Err(errno) => self.write_zeroes_failed(errno)?,
+            }
+        }
+        self.reserve(offset, len)
+    }
+
+    /// The mode of a fallocate(2) that writes zeroes to a part of the file by a command of the disk, if that may be tried.
+    pub(crate) fn write_zeroes_mode(&self, len: u64) -> Option<i32> {
+        (len > 0 && !self.cannot_write_zeroes.load(Ordering::Relaxed)).then_some(WRITE_ZEROES)
+    }
+
+    /// What to make of its failure. `Ok`: the kernel, the file system or the disk cannot do it, or not well, and is not asked again.
+    pub(crate) fn write_zeroes_failed(&self, errno: i32) -> io::Result<()> {
+        let e = self.fallocate_error(errno);
+        if matches!(e.kind(), io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded) {
+            return Err(e);
+        }
+        if e.kind() != io::ErrorKind::Unsupported {
+            tracing::info!("{}: zeroes are not written by the disk itself: {e}", self.path.display());
+        }
+        self.cannot_write_zeroes.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
     /// Where data and holes are: lseek(2), `SEEK_DATA` and `SEEK_HOLE`. All is data where the host does not tell.
     pub fn stored_at(&self, offset: u64) -> Stored {
         match self.window {
@@ -370,15 +410,20 @@ impl HostFile {
     }
 
     fn fallocate(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<()> {
-        let offset = self.locate_change(offset, len)?;
         if len == 0 {
-            return Ok(());
+            return self.locate_change(offset, len).map(drop);
         }
-        let how = how | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+        let answer = self.fallocate_as(how | FallocateFlags::FALLOC_FL_KEEP_SIZE, offset, len)?;
+        answer.map_err(|errno| self.fallocate_error(errno))
+    }
+
+    /// One fallocate(2): its errno, if it failed.
+    fn fallocate_as(&self, how: FallocateFlags, offset: u64, len: u64) -> io::Result<Result<(), i32>> {
+        let offset = self.locate_change(offset, len)?;
         loop {
             match fallocate(self.file(), how, offset.cast_signed(), len.cast_signed()) {
                 Err(nix::errno::Errno::EINTR) => {}
-                answer => return answer.map_err(|e| self.fallocate_error(e as i32)),
+                answer => return Ok(answer.map_err(|e| e as i32)),
             }
         }
     }

@@ -238,6 +238,19 @@ impl<R: Ring, B: RingBuf> FileIo for UringIo<R, B> {
         self.fallocate(file, 0, offset, len).await
     }
 
+    async fn reserve_fresh(&self, file: FileId, offset: u64, len: u64) -> io::Result<()> {
+        let f = self.files.find(file)?;
+        if let Some(how) = f.write_zeroes_mode(len) {
+            let at = f.locate_change(offset, len)?;
+            let sqe = |fd| opcode::Fallocate::new(fd, len).offset(at).mode(how).build();
+            match self.control(file, f, sqe).await {
+                Ok(()) => return Ok(()),
+                Err(errno) => f.write_zeroes_failed(errno)?,
+            }
+        }
+        self.reserve(file, offset, len).await
+    }
+
     /// A plain lseek(2): io_uring has none, and it waits for no disk but to read the file system's own tables.
     async fn stored_at(&self, file: FileId, offset: u64) -> io::Result<Stored> {
         Ok(self.files.find(file)?.stored_at(offset))

@@ -1,6 +1,6 @@
 //! The executor of a queue thread: a fixed set of tasks, one thread, no system call but to be woken from elsewhere.
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::io;
@@ -14,13 +14,16 @@ use crate::kick::Kick;
 thread_local! {
     /// Number of the executor that runs on this thread; 0 for none.
     static HERE: Cell<usize> = const { Cell::new(0) };
+    /// Tasks of that executor that were woken on this thread.
+    static READY: RefCell<VecDeque<usize>> = const { RefCell::new(VecDeque::new()) };
 }
 
 /// Tasks and which of them can go on.
 ///
-/// A wake from the executor's own thread puts the task on the ready list; one from another thread also kicks the thread
-/// out of its sleep, if the list was empty. The thread never sleeps while the list is not empty: whoever drives it calls
-/// [`Executor::run_ready`] after everything that may wake a task, and before each sleep.
+/// A wake from the executor's own thread puts the task on a list that no lock guards, as nearly every wake is one for a completion on
+/// the thread's ring. One from another thread puts it on a second list, and kicks the thread out of its sleep if that was empty. The
+/// thread never sleeps while either is not empty: whoever drives it calls [`Executor::run_ready`] after everything that may wake a
+/// task, and before each sleep.
 pub(crate) struct Executor<'a> {
     tasks: Vec<Task<'a>>,
     unfinished: usize,
@@ -35,7 +38,10 @@ struct Task<'a> {
 }
 
 struct Ready {
-    list: Mutex<VecDeque<usize>>,
+    /// Woken on other threads.
+    elsewhere: Mutex<Vec<usize>>,
+    /// That list is not empty.
+    some_elsewhere: AtomicBool,
     executor: usize,
     kick: Arc<Kick>,
 }
@@ -61,23 +67,36 @@ impl Wake for TaskWake {
 
 impl Ready {
     fn push(&self, task: usize) {
-        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        if HERE.get() == self.executor {
+            READY.with_borrow_mut(|list| list.push_back(task));
+            return;
+        }
+        let mut list = self.elsewhere.lock().unwrap_or_else(PoisonError::into_inner);
         let was_empty = list.is_empty();
-        list.push_back(task);
+        list.push(task);
+        self.some_elsewhere.store(true, Ordering::Release);
         drop(list);
-        // A list that was not empty is being worked off, or its first entry's wake has kicked.
-        if was_empty && HERE.get() != self.executor {
+        // Of a list that was not empty, the first entry's wake has kicked or is about to.
+        if was_empty {
             self.kick.kick();
         }
     }
 
+    /// The executor's own thread alone.
     fn pop(&self) -> Option<usize> {
-        self.list.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+        debug_assert_eq!(HERE.get(), self.executor, "another executor runs on this thread");
+        // Both are looked at each time: tasks that wake one another here must not keep out those that are woken elsewhere.
+        if self.some_elsewhere.load(Ordering::Acquire) {
+            let mut list = self.elsewhere.lock().unwrap_or_else(PoisonError::into_inner);
+            self.some_elsewhere.store(false, Ordering::Relaxed);
+            READY.with_borrow_mut(|here| here.extend(list.drain(..)));
+        }
+        READY.with_borrow_mut(VecDeque::pop_front)
     }
 }
 
 impl<'a> Executor<'a> {
-    /// The executor of the calling thread, without tasks.
+    /// The executor of the calling thread, without tasks. The one before it must have ended.
     ///
     /// # Errors
     ///
@@ -86,8 +105,10 @@ impl<'a> Executor<'a> {
         static NUMBER: AtomicUsize = AtomicUsize::new(1);
         let executor = NUMBER.fetch_add(1, Ordering::Relaxed);
         HERE.set(executor);
+        READY.with_borrow_mut(VecDeque::clear);
         let kick = Arc::new(Kick::new()?);
-        let ready = Arc::new(Ready { list: Mutex::default(), executor, kick });
+        let ready =
+            Arc::new(Ready { elsewhere: Mutex::default(), some_elsewhere: AtomicBool::new(false), executor, kick });
         Ok(Self { tasks: Vec::new(), unfinished: 0, ready })
     }
 
@@ -113,8 +134,8 @@ impl<'a> Executor<'a> {
     pub(crate) fn run_ready(&mut self) {
         while let Some(index) = self.ready.pop() {
             let Some(task) = self.tasks.get_mut(index) else { continue };
-            // Before the poll: a wake during it counts.
-            task.wake.queued.store(false, Ordering::Release);
+            // Before the poll: a wake during it counts. A swap, as what the poll looks at must not be read before this is seen elsewhere.
+            task.wake.queued.swap(false, Ordering::AcqRel);
             let Some(future) = &mut task.future else { continue };
             if future.as_mut().poll(&mut Context::from_waker(&task.waker)).is_ready() {
                 task.future = None;

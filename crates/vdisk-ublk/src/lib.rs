@@ -4,8 +4,8 @@
 //! somebody else stops the device; [`take_over`] goes on with a device whose server died or let go of it; [`delete`] and
 //! [`status`] look after devices without a server.
 //!
-//! Data is copied between the kernel and a buffer of this process for each request (no zero copy yet), which every kernel
-//! since 6.5 can do. One thread for each queue, one task for each tag, the image's own I/O on the same ring as the ublk
+//! Data goes between the image and the pages of a request without a copy where the kernel can (6.16), else by way of a buffer of this
+//! process for each request. One thread for each queue, one task for each tag, the image's own I/O on the same ring as the ublk
 //! commands. What the driver does is described in the kernel's Documentation/block/ublk.rst and
 //! include/uapi/linux/ublk_cmd.h.
 
