@@ -40,7 +40,7 @@ fn a_device_has_no_scheduler() {
 fn new_grains_are_overwritten_where_the_disk_below_can_write_zeroes() {
     let lab = Lab::new();
     if transport() == "fuse" || std::env::var("VDISK_VM").is_ok_and(|series| series != "newest") {
-        println!("skipped: here, or a kernel before 6.17");
+        println!("skipped: no kernel of a VM, or one before 6.17");
         return;
     }
     lab.sh("modprobe sd_mod; modprobe scsi_debug dev_size_mb=256 lbpu=1 lbpws=1 lbprz=1 delay=0");
